@@ -1,0 +1,255 @@
+"""The actor framework: one mailbox a process, one message at a time.
+
+An `Actor` is any object with two methods. `receive` is called for each message; `settle` once the mailbox is empty, which is where
+work that pays by the batch belongs (planning a step, flushing columns). Both run on the process's event loop and must not block.
+An exception in either ends the process: its supervisor sees the death and decides.
+
+    peers ── PUSH ──▶ [ mailbox: PULL ] ─▶ receive, receive, …, settle
+    actor ── send(address, message) ──▶ PUSH ──▶ the mailbox of that name
+
+Frontends come and go without being children of the supervisor, so they meet a tokenizer at a `Desk` (ROUTER), which knows them by identity
+and tells when one is gone; `Visit` (DEALER) is the other end of it.
+
+ZeroMQ sockets are read by their file descriptor, until empty at each wake-up: one callback for a burst of messages instead of a future for each.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from headrace.engine.messages.wire import BadFrame, Codec, Message, encode
+
+HIGH_WATER_MARK = 100_000
+"""Messages that may queue for one peer. A peer this far behind is dead or stuck; its supervisor will find out."""
+
+BURST = 256
+"""Messages handled before other callbacks of the loop get their turn."""
+
+
+class Actor(Protocol):
+    def receive(self, message: Message) -> None:
+        """Handle one message."""
+        ...
+
+    def settle(self) -> None:
+        """The mailbox is empty: do what was left for the end of the burst."""
+        ...
+
+
+def endpoint(run_dir: Path, name: str) -> str:
+    """Where the process `name` of the engine in `run_dir` listens."""
+    return f"ipc://{run_dir}/{name}"
+
+
+def _open(context: zmq.Context, kind: int) -> zmq.Socket:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    return socket
+
+
+class _Reader:
+    """Calls `on_frames` for every message of a socket and `on_empty` after each burst, from the event loop."""
+
+    def __init__(self, socket: zmq.Socket, on_frames: Callable[[list[bytes]], None], on_empty: Callable[[], None]) -> None:
+        self._socket = socket
+        self._on_frames = on_frames
+        self._on_empty = on_empty
+        self._loop = asyncio.get_running_loop()
+        self._pending = False
+        self._loop.add_reader(socket.getsockopt(zmq.FD), self._drain)
+        self.recheck()
+
+    def recheck(self) -> None:
+        """The descriptor is edge-triggered and shared by both directions: after a send, what came meanwhile must be looked for."""
+        if not self._pending and not self._socket.closed and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._pending = True
+            self._loop.call_soon(self._drain)
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+            self._socket.close()
+
+    def _drain(self) -> None:
+        self._pending = False
+        handled = 0
+        socket = self._socket
+        while not socket.closed:
+            if handled == BURST:
+                self._pending = True
+                self._loop.call_soon(self._drain)
+                break
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._on_frames(frames)
+            handled += 1
+        if handled:
+            self._on_empty()
+
+
+class Mailbox:
+    """The inbox of an actor: a PULL socket bound under the actor's name. Frames that are no message of `union` are counted and dropped."""
+
+    def __init__(self, context: zmq.Context, address: str, union: object) -> None:
+        self.bad_frames = 0
+        self._codec = Codec(union)
+        self._socket = _open(context, zmq.PULL)
+        self._socket.bind(address)
+        self._reader: _Reader | None = None
+
+    def open(self, actor: Actor) -> None:
+        """Start to deliver. Messages that came before are waiting."""
+
+        def deliver(frames: list[bytes]) -> None:
+            try:
+                message = self._codec.decode(frames[-1])
+            except BadFrame:
+                self.bad_frames += 1
+                return
+            actor.receive(message)
+
+        self._reader = _Reader(self._socket, deliver, actor.settle)
+
+    def close(self) -> None:
+        if self._reader:
+            self._reader.close()
+        else:
+            self._socket.close()
+
+
+class Outbox:
+    """Messages to one peer's mailbox. Connects at once or as soon as the peer is there; what is sent before waits."""
+
+    def __init__(self, context: zmq.Context, address: str) -> None:
+        self._socket = _open(context, zmq.PUSH)
+        # A peer that died and returns binds the same address within moments; reconnect about as fast.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        self._socket.connect(address)
+
+    def send(self, message: Message) -> bool:
+        """False when the peer is so far behind that its queue is full; the message is then not sent."""
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Post:
+    """Outboxes by name, opened on first use."""
+
+    def __init__(self, context: zmq.Context, run_dir: Path) -> None:
+        self._context = context
+        self._run_dir = run_dir
+        self._outboxes: dict[str, Outbox] = {}
+
+    def send(self, to: str, message: Message) -> bool:
+        """Send to the process named `to`; see `Outbox.send`."""
+        outbox = self._outboxes.get(to)
+        if outbox is None:
+            outbox = self._outboxes[to] = Outbox(self._context, endpoint(self._run_dir, to))
+        return outbox.send(message)
+
+    def forget(self, to: str) -> None:
+        """Drop what waits for `to`: it died, and what was meant for it must not reach its successor."""
+        if outbox := self._outboxes.pop(to, None):
+            outbox.close()
+
+    def close(self) -> None:
+        for name in list(self._outboxes):
+            self.forget(name)
+
+
+class Desk:
+    """Where frontends are received: a ROUTER that knows each by its identity."""
+
+    def __init__(self, context: zmq.Context, address: str, union: object) -> None:
+        self.bad_frames = 0
+        self._codec = Codec(union)
+        self._socket = _open(context, zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A frontend that reconnects under its old identity takes over from its own dead connection.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.bind(address)
+        self._reader: _Reader | None = None
+
+    def open(self, receive: Callable[[bytes, Message], None], settle: Callable[[], None]) -> None:
+        """Deliver (identity of the frontend, message)."""
+
+        def deliver(frames: list[bytes]) -> None:
+            try:
+                message = self._codec.decode(frames[-1])
+            except BadFrame:
+                self.bad_frames += 1
+                return
+            receive(frames[0], message)
+
+        self._reader = _Reader(self._socket, deliver, settle)
+
+    def send(self, identity: bytes, message: Message) -> bool:
+        """False when the frontend is gone or does not read."""
+        try:
+            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        if self._reader:
+            self._reader.recheck()
+        return True
+
+    def close(self) -> None:
+        if self._reader:
+            self._reader.close()
+        else:
+            self._socket.close()
+
+
+class Visit:
+    """A frontend's connection to one desk: a DEALER."""
+
+    def __init__(self, context: zmq.Context, address: str, identity: bytes, union: object) -> None:
+        self.bad_frames = 0
+        self._codec = Codec(union)
+        self._socket = _open(context, zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        self._socket.connect(address)
+        self._reader: _Reader | None = None
+
+    def open(self, receive: Callable[[Message], None], settle: Callable[[], None] = lambda: None) -> None:
+        """Deliver what the desk sends."""
+
+        def deliver(frames: list[bytes]) -> None:
+            try:
+                message = self._codec.decode(frames[-1])
+            except BadFrame:
+                self.bad_frames += 1
+                return
+            receive(message)
+
+        self._reader = _Reader(self._socket, deliver, settle)
+
+    def send(self, message: Message) -> bool:
+        """False when the desk is so far behind that the queue is full."""
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        if self._reader:
+            self._reader.recheck()
+        return True
+
+    def close(self) -> None:
+        if self._reader:
+            self._reader.close()
+        else:
+            self._socket.close()

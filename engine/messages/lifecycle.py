@@ -1,0 +1,111 @@
+"""Between the supervisor and its children: birth, readiness, health, metrics, drain, death.
+
+    supervisor ── Drain, Probe, Stop ──▶ child
+    supervisor ◀─ Started, Snapshot, Drained, Warning ── child
+"""
+
+from headrace.engine.messages.wire import Message
+
+
+class Started(Message):
+    """The child has done its set-up and takes messages. `detail` says in a few words what it set up."""
+
+    child: str
+    incarnation: int
+    detail: str = ""
+
+
+class Fatal(Message):
+    """The child cannot start for a reason that a user can mend; `message` is the one line to print."""
+
+    child: str
+    message: str
+
+
+class Probe(Message):
+    """Ask a child for its `Snapshot`."""
+
+    call: int
+
+
+class Histogram(Message):
+    """Cumulative by exposition, plain counts here: `counts[i]` observations fell at or under `bounds[i]`, the last over all."""
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    sum: float
+
+
+class Series(Message):
+    """One metric of one process. `labels` are pairs; `value` a number or a histogram."""
+
+    name: str
+    kind: str
+    """"counter", "gauge" or "histogram"."""
+    help: str
+    labels: tuple[tuple[str, str], ...]
+    value: float | Histogram
+
+
+class Progress(Message):
+    """The scheduler's pulse: is there work, and when did the last step end?"""
+
+    running: int
+    waiting: int
+    workers_ready: bool
+    last_step_age_s: float | None
+    """Seconds since the last step ended; None before the first."""
+    step: int
+
+
+class Snapshot(Message):
+    child: str
+    call: int
+    series: list[Series]
+    progress: Progress | None = None
+
+
+class Drain(Message):
+    """Refuse what is new, finish what runs."""
+
+
+class Drained(Message):
+    """Nothing is running and nothing waits."""
+
+    child: str
+
+
+class GetStatus(Message):
+    """A frontend asks the supervisor for the state of the whole engine; answered by `Status` to `reply_to`."""
+
+    call: int
+    reply_to: str
+
+
+class ChildStatus(Message):
+    name: str
+    state: str
+    """"starting", "ready", "restarting" or "stopped"."""
+    pid: int
+    restarts: int
+    uptime_s: float
+
+
+class Status(Message):
+    call: int
+    state: str
+    """"starting", "ready", "recovering" or "draining"."""
+    children: list[ChildStatus]
+    series: list[Series]
+    progress: Progress | None
+
+
+class EngineState(Message):
+    """Told to every server when it changes: may new requests be taken?"""
+
+    state: str
+
+
+FromChild = Started | Fatal | Snapshot | Drained | GetStatus
+ToChild = Probe | Drain
+ToServer = Status | EngineState | Probe | Drain

@@ -1,0 +1,95 @@
+"""Between the scheduler and the workers: numbered plans of logical work, and their results.
+
+No page number and no tensor travels. Every rank applies `Plan k`, computes, applies `StepResult k`, and so on, in this
+order; page tables follow from that (see `engine.ledger`).
+
+    scheduler ── Begin, Plan 0, Plan 1, … ──▶ every rank
+    scheduler ◀─ WorkerUp, StepResult 0, … ── every rank says it is up, rank 0 sends results, all send their digest
+"""
+
+from headrace.engine.messages.sampling import Sampling
+from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
+from headrace.engine.messages.wire import Message
+
+
+class WorkerUp(Message):
+    """A worker has its weights and its KV pages and waits for an epoch."""
+
+    rank: int
+    incarnation: int
+    pages: int
+    page_size: int
+    """Tokens a page."""
+
+
+class Hello(Message):
+    """The scheduler has (re)started: answer with `WorkerUp`."""
+
+
+class Begin(Message):
+    """Start an epoch: forget every request, every page and every prefix; the next plan is step 0 of this epoch."""
+
+    epoch: int
+    pages: int
+    page_size: int
+    end_tokens: tuple[int, ...]
+    prefix_cache: bool = True
+
+
+class Admit(Message):
+    """A request that the workers learn of with this plan."""
+
+    request: int
+    prompt: list[int]
+    emitted: list[int]
+    sampling: Sampling
+    seed: int
+
+
+class Plan(Message):
+    """One step of work. Applied in the order of the fields."""
+
+    epoch: int
+    step: int
+    digest: int
+    """The ledger's digest before this plan, by the scheduler's mirror."""
+    abort: list[int]
+    preempt: list[int]
+    admit: list[Admit]
+    run: list[int]
+    """Requests that compute in this step, in batch order."""
+    lengths: list[int]
+    """How many of its tokens each computes."""
+
+
+class StepTimes(Message):
+    """Where a step's time went on the worker, in nanoseconds."""
+
+    prepare: int
+    forward: int
+    sample: int
+    total: int
+
+
+class StepResult(Message):
+    """What a step computed: the sampled tokens of the requests whose known tokens are all computed.
+
+    `requests`, `counts` and `tokens` are columns: request i emitted `counts[i]` tokens, which lie one after the other in
+    `tokens`. Without speculation every count is 1.
+    """
+
+    epoch: int
+    step: int
+    rank: int
+    digest: int
+    """The rank's ledger digest after applying the plan of this step."""
+    requests: list[int]
+    counts: list[int]
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[PromptLogprobs]
+    times: StepTimes
+
+
+ToWorker = Hello | Begin | Plan
+FromWorker = WorkerUp | StepResult

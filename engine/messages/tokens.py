@@ -1,0 +1,100 @@
+"""Between a tokenizer and the scheduler: requests as token ids, and tokens as they come.
+
+    tokenizer ── Submit, Cancel ──────▶ scheduler
+    tokenizer ◀─ Tokens…, Refused ───── scheduler
+
+The `index` column makes delivery exactly-once across restarts: the receiver keeps how many tokens it has of each request
+and drops what it already has.
+"""
+
+from headrace.engine.messages.sampling import Sampling
+from headrace.engine.messages.wire import Message
+
+
+class Submit(Message):
+    """Run one request. `emitted` holds tokens that were generated before a restart; they count as output."""
+
+    request: int
+    reply_to: str
+    """The tokenizer process that gets the tokens."""
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    emitted: list[int] = []
+    tenant: str = ""
+    priority: int = 0
+
+
+class Cancel(Message):
+    """End requests from outside: a client went away ("abort"), or a stop string was found in the text ("stop")."""
+
+    requests: tuple[int, ...]
+    reason: str
+
+
+class TokenLogprobs(Message):
+    """The distribution at one position of one request, as far as it was asked for."""
+
+    request: int
+    index: int
+    """Which output token (0 is the first emitted), or which prompt token in `PromptLogprobs`."""
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class PromptLogprobs(Message):
+    """Scores of prompt tokens `first` … `first + len(logprobs) - 1`; a long prompt comes in several."""
+
+    request: int
+    first: int
+    logprobs: list[float]
+    top_ids: list[tuple[int, ...]]
+    top_logprobs: list[tuple[float, ...]]
+
+
+class TokenEnd(Message):
+    """A request that is over, with what its frontend will want to know."""
+
+    request: int
+    reason: str
+    """"stop", "length", "abort"."""
+    stop_token: int | None
+    """The stop token id that ended it, None for the model's end token and for other reasons."""
+    cached_tokens: int
+    queue_s: float
+    preemptions: int
+
+
+class Tokens(Message):
+    """What one step gave to one tokenizer's requests: three columns of equal length, one entry a token."""
+
+    epoch: int
+    step: int
+    requests: list[int]
+    index: list[int]
+    """Place of the token in the request's output, from 0."""
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+    ends: list[TokenEnd] = []
+
+
+class Refused(Message):
+    """A request that the scheduler does not take: its queue is full (429), it is draining (503), or it can never fit (400)."""
+
+    request: int
+    status: int
+    code: str
+    message: str
+    retry_after: float | None = None
+
+
+class SchedulerUp(Message):
+    """A scheduler has (re)started and knows no request: whoever holds some submits them again, with the emitted tokens."""
+
+    incarnation: int
+
+
+ToScheduler = Submit | Cancel
+FromScheduler = Tokens | Refused | SchedulerUp

@@ -1,0 +1,152 @@
+"""How a child process of the engine lives: birth certificate, death pipe, event loop, readiness.
+
+The supervisor starts `python -m headrace.<module> RUN_DIR NAME INCARNATION DEATH_FD`. The module calls `main(build)`; `build` gets a
+`Process` and returns the actor. Everything slow (loading a model) happens in `build`, before the supervisor is told `Started`.
+
+The death pipe is a pipe whose write end only the supervisor holds. When that process ends, however it ends, the read end
+reports it, and a thread that does nothing else takes this process down, even if its event loop is stuck in native code.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import uvloop
+import zmq
+
+from headrace.engine.actor import Actor, Mailbox, Post, endpoint
+from headrace.engine.checkpoint.card import ModelFiles
+from headrace.engine.config import Config
+from headrace.engine.errors import UserError
+from headrace.engine.messages.lifecycle import Drain, Fatal, Probe, Progress, Snapshot, Started
+from headrace.engine.messages.wire import Message
+from headrace.engine.metrics import Metrics
+
+SUPERVISOR = "supervisor"
+SCHEDULER = "scheduler"
+BIRTH_FILE = "engine.msgpack"
+EXIT_FATAL = 3
+"""Exit status of a child that told the supervisor `Fatal`: restarting it is useless."""
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """What every process of one engine knows: the settings and the model they were resolved to."""
+
+    config: Config
+    model: ModelFiles
+
+
+class Process:
+    """A child's surroundings, handed to the function that builds its actor."""
+
+    def __init__(self, run_dir: Path, name: str, incarnation: int, spec: EngineSpec) -> None:
+        self.run_dir = run_dir
+        self.name = name
+        self.incarnation = incarnation
+        """Unique to this start of this process."""
+        self.config = spec.config
+        self.model = spec.model
+        self.metrics = Metrics()
+        self.context = zmq.Context()
+        self.post = Post(self.context, run_dir)
+        self.progress: Callable[[], Progress] | None = None
+        """Set by the actor that can tell the engine's pulse."""
+        self.detail = ""
+        """A few words for `Started`."""
+
+    def send(self, to: str, message: Message) -> bool:
+        return self.post.send(to, message)
+
+    def address(self, name: str) -> str:
+        return endpoint(self.run_dir, name)
+
+
+class _WithLifecycle:
+    """An actor that answers the supervisor's probes and hands everything else on."""
+
+    def __init__(self, process: Process, actor: Actor) -> None:
+        self._process = process
+        self._actor = actor
+        self.settle = actor.settle
+
+    def receive(self, message: Message) -> None:
+        if isinstance(message, Probe):
+            process = self._process
+            progress = process.progress() if process.progress else None
+            process.send(SUPERVISOR, Snapshot(process.name, message.call, process.metrics.snapshot(), progress))
+        else:
+            self._actor.receive(message)
+
+
+def die_with_parent(death_fd: int) -> None:
+    """End this process at once when the other end of the pipe is closed."""
+
+    def wait() -> None:
+        while True:
+            try:
+                if os.read(death_fd, 1) == b"":
+                    os._exit(1)
+            except InterruptedError:
+                continue
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=wait, name="death-pipe", daemon=True).start()
+
+
+def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
+    """Run the child: `union` is what its mailbox accepts beside `Probe` and `Drain`."""
+    run_dir, name, incarnation, death_fd = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    die_with_parent(death_fd)
+    spec = msgspec.msgpack.decode((run_dir / BIRTH_FILE).read_bytes(), type=EngineSpec)
+    logging.basicConfig(
+        level=spec.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr
+    )
+    process = Process(run_dir, name, incarnation, spec)
+    try:
+        uvloop.run(_live(process, union, build))
+    except UserError as error:
+        fatal = process.context.socket(zmq.PUSH)
+        fatal.setsockopt(zmq.LINGER, 1000)
+        fatal.connect(process.address(SUPERVISOR))
+        fatal.send(msgspec.msgpack.encode(Fatal(name, str(error))))
+        fatal.close()
+        process.post.close()
+        process.context.term()
+        sys.exit(EXIT_FATAL)
+
+
+async def _live(process: Process, union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    failure: list[BaseException] = []
+
+    def on_exception(_: asyncio.AbstractEventLoop, context: dict) -> None:
+        error = context.get("exception")
+        logging.getLogger().error("%s", context["message"], exc_info=error)
+        if error is not None:
+            failure.append(error)
+            stopped.set()
+
+    loop.set_exception_handler(on_exception)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    mailbox = Mailbox(process.context, process.address(process.name), union | Probe | Drain)
+    actor = await build(process)
+    mailbox.open(_WithLifecycle(process, actor))
+    process.send(SUPERVISOR, Started(process.name, process.incarnation, process.detail))
+    await stopped.wait()
+    closing = getattr(actor, "close", None)
+    if closing and not failure:
+        await closing()
+    mailbox.close()
+    process.post.close()
+    if failure:
+        logging.shutdown()
+        os._exit(1)
