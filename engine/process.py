@@ -24,7 +24,7 @@ from headrace.engine.actor import Actor, Mailbox, Post, endpoint
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
-from headrace.engine.messages.lifecycle import Drain, Fatal, Probe, Progress, Snapshot, Started
+from headrace.engine.messages.lifecycle import Fatal, Probe, Progress, Snapshot, Started, ToChild
 from headrace.engine.messages.wire import Message
 from headrace.engine.metrics import Metrics
 
@@ -101,7 +101,7 @@ def die_with_parent(death_fd: int) -> None:
 
 
 def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
-    """Run the child: `union` is what its mailbox accepts beside `Probe` and `Drain`."""
+    """Run the child: `union` is what its mailbox accepts beside `ToChild`; `Probe` is answered here, the actor gets the rest."""
     run_dir, name, incarnation, death_fd = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     die_with_parent(death_fd)
     spec = msgspec.msgpack.decode((run_dir / BIRTH_FILE).read_bytes(), type=EngineSpec)
@@ -137,7 +137,7 @@ async def _live(process: Process, union: object, build: Callable[[Process], Awai
     loop.set_exception_handler(on_exception)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    mailbox = Mailbox(process.context, process.address(process.name), union | Probe | Drain)
+    mailbox = Mailbox(process.context, process.address(process.name), union | ToChild)
     actor = await build(process)
     mailbox.open(_WithLifecycle(process, actor))
     process.send(SUPERVISOR, Started(process.name, process.incarnation, process.detail))

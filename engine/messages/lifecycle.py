@@ -75,6 +75,12 @@ class Drained(Message):
     child: str
 
 
+class PeerDied(Message):
+    """A sibling process has died; its successor comes by itself. Told to every child at once."""
+
+    name: str
+
+
 class GetStatus(Message):
     """A frontend asks the supervisor for the state of the whole engine; answered by `Status` to `reply_to`."""
 
@@ -107,5 +113,6 @@ class EngineState(Message):
 
 
 FromChild = Started | Fatal | Snapshot | Drained | GetStatus
-ToChild = Probe | Drain
-ToServer = Status | EngineState | Probe | Drain
+ToChild = Probe | Drain | PeerDied
+ToServer = Status | EngineState
+"""Beside `ToChild`, which every child takes."""
