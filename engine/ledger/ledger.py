@@ -1,0 +1,258 @@
+"""The ledger proper: a replicated state machine over plans and results.
+
+Every worker rank and the scheduler hold one. Each applies `Plan k`, then commits `StepResult k`, then plan k+1, …; the page
+tables follow, and nothing else decides them. A digest over every page that changed hands shows whether two ledgers agree.
+
+    apply(plan)      abort ─ preempt ─ admit ─ for each that runs: match the cache, take pages ──▶ rows to compute
+    commit(result)   for each row: full pages enter the tree, emitted tokens are appended, ended requests are released
+
+Because a commit comes only after the step's computation, and the next plan only after it, no page is ever freed under a step that
+reads it.
+"""
+
+from array import array
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from headrace.engine.ledger.pages import PagePool
+from headrace.engine.ledger.radix import RadixTree
+from headrace.engine.ledger.sequence import Sequence
+from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult
+
+
+class LedgerError(Exception):
+    """A plan or result that does not fit the ledger: its sender and this process disagree on the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Work of one request in one step: tokens `start … start + length - 1` of its sequence."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def emits(self) -> bool:
+        """Whether a token is sampled at the end of the row."""
+        sequence = self.sequence
+        return self.start + self.length == len(sequence.tokens) and sequence.max_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    sequence: Sequence
+    reason: str
+    """"stop" or "length"."""
+
+
+class Ledger:
+    """Requests, pages and prefixes of one epoch."""
+
+    def __init__(self, begin: Begin) -> None:
+        self.page_size = begin.page_size
+        self.pool = PagePool(begin.pages)
+        self.tree = RadixTree(begin.page_size)
+        self.sequences: dict[int, Sequence] = {}
+        self.step = 0
+        """Number of the next plan."""
+        self.digest = 0
+        self._prefix_cache = begin.prefix_cache
+        self._end_tokens = frozenset(begin.end_tokens)
+        self._rows: list[Row] | None = None
+        self._events = array("q")
+
+    @property
+    def available(self) -> int:
+        """Pages that a plan may take: free ones and idle cached ones."""
+        return len(self.pool) + self.tree.idle
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-tokens // self.page_size)
+
+    def sequence_of(self, admit: Admit) -> Sequence:
+        """The sequence that `admit` describes, not yet part of the ledger."""
+        sampling = admit.sampling
+        ends = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends |= self._end_tokens
+        return Sequence(admit.request, admit.prompt, admit.emitted, sampling, admit.seed, ends)
+
+    def apply(self, plan: Plan) -> list[Row]:
+        """Take one plan; the rows to compute, in the plan's order. `LedgerError` when it does not fit."""
+        if plan.step != self.step or self._rows is not None:
+            raise LedgerError(f"plan {plan.step} came where {'result' if self._rows is not None else 'plan'} {self.step} was due")
+        if plan.digest != self.digest:
+            raise LedgerError(f"digest {self.digest:x} before step {plan.step}, the scheduler has {plan.digest:x}")
+        for request in plan.abort:
+            self.release(request)
+        for request in plan.preempt:
+            self._rewind(self._sequence(request))
+        for admit in plan.admit:
+            if admit.request in self.sequences:
+                raise LedgerError(f"request {admit.request:x} admitted twice")
+            self.sequences[admit.request] = self.sequence_of(admit)
+            self._events.extend((1, admit.request & 0x7FFFFFFFFFFFFFFF))
+        # All matches come before any eviction, so that no row of this plan evicts what a later one counts on.
+        starting = [(self._sequence(request), length) for request, length in zip(plan.run, plan.lengths, strict=True)]
+        for sequence, _ in starting:
+            if not sequence.pages:
+                self._match(sequence)
+        self._rows = [self._grow(sequence, length) for sequence, length in starting]
+        self._seal()
+        return self._rows
+
+    def commit(self, result: StepResult) -> list[Ended]:
+        """Take the result of the plan applied last; the requests that it ended, already released."""
+        if result.step != self.step or self._rows is None:
+            raise LedgerError(f"result {result.step} came where {'plan' if self._rows is None else 'result'} {self.step} was due")
+        rows, self._rows = self._rows, None
+        ended: list[Ended] = []
+        emitting = iter(zip(result.requests, result.counts, strict=True))
+        position = 0
+        for row in rows:
+            sequence = row.sequence
+            emits = row.emits
+            sequence.computed += row.length
+            self._publish(sequence)
+            if emits:
+                request, count = next(emitting, (None, 0))
+                if request != sequence.request:
+                    raise LedgerError(f"result {result.step} has tokens of {request}, those of {sequence.request} were due")
+                reason = None
+                for token in result.tokens[position : position + count]:
+                    sequence.tokens.append(token)
+                    self._events.append(token)
+                    if reason := sequence.ends_with(token):
+                        break
+                position += count
+            else:
+                reason = "length" if sequence.remaining == 0 else None
+            if reason:
+                ended.append(Ended(sequence, reason))
+                self.release(sequence.request)
+        if next(emitting, None) is not None:
+            raise LedgerError(f"result {result.step} has tokens of requests that were to emit none")
+        self.step += 1
+        self._seal()
+        return ended
+
+    def release(self, request: int) -> None:
+        """Forget a request and give back its pages; nothing happens when it is not (or no longer) known."""
+        sequence = self.sequences.pop(request, None)
+        if sequence is not None:
+            self._rewind(sequence)
+
+    def match_length(self, sequence: Sequence) -> int:
+        """Tokens that the prefix cache would give `sequence` now. Changes nothing."""
+        return len(self._match_path(sequence)) * self.page_size
+
+    def pages_freed_by(self, sequence: Sequence) -> int:
+        """Pages that become available when `sequence` is preempted."""
+        own = len(sequence.pages) - len(sequence.nodes)
+        return own + sum(node.users == 1 for node in sequence.nodes)
+
+    def check(self) -> None:
+        """Prove the invariants: every page is in exactly one place, and every count is what it counts."""
+        seen: dict[int, str] = {}
+
+        def place(page: int, where: str) -> None:
+            assert 0 <= page < self.pool.total, f"page {page} in {where} does not exist"
+            assert page not in seen, f"page {page} is in {seen.get(page)} and in {where}"
+            seen[page] = where
+
+        for page in self.pool.pages():
+            place(page, "the free pages")
+        users: dict[int, int] = {}
+        for sequence in self.sequences.values():
+            nodes = sequence.nodes
+            assert sequence.pages[: len(nodes)] == [node.page for node in nodes], f"table of {sequence.request} differs from its nodes"
+            for parent, node in zip([self.tree.root, *nodes], nodes, strict=False):
+                assert node.parent is parent, f"nodes of {sequence.request} are no path"
+            for index, node in enumerate(nodes):
+                key = tuple(sequence.tokens[index * self.page_size : (index + 1) * self.page_size])
+                assert node.key == key, f"page {node.page} of {sequence.request} holds other tokens"
+                users[id(node)] = users.get(id(node), 0) + 1
+            for page in sequence.pages[len(nodes) :]:
+                place(page, f"request {sequence.request}")
+            assert len(sequence.pages) >= self.pages_for(sequence.computed), f"{sequence.request} computed more than its pages hold"
+        count = idle = 0
+        for node in self.tree.nodes():
+            place(node.page, "the tree")
+            count += 1
+            idle += node.users == 0
+            assert node.users == users.get(id(node), 0), f"page {node.page} has {node.users} users, {users.get(id(node), 0)} tables"
+        assert (count, idle) == (self.tree.size, self.tree.idle), "the tree's counts are off"
+        assert len(seen) == self.pool.total, f"{self.pool.total - len(seen)} pages are nowhere"
+
+    def _sequence(self, request: int) -> Sequence:
+        try:
+            return self.sequences[request]
+        except KeyError:
+            raise LedgerError(f"request {request:x} is not in the ledger") from None
+
+    def _match_path(self, sequence: Sequence) -> list:
+        return self.tree.match(sequence.tokens, sequence.may_match // self.page_size) if self._prefix_cache else []
+
+    def _match(self, sequence: Sequence) -> None:
+        """Start from what the cache has."""
+        path = self._match_path(sequence)
+        self.tree.use(path, self.step)
+        sequence.nodes = path
+        sequence.pages = [node.page for node in path]
+        sequence.computed = sequence.cached = len(path) * self.page_size
+        self._events.extend(sequence.pages)
+
+    def _grow(self, sequence: Sequence, length: int) -> Row:
+        """Make room for `length` more tokens."""
+        start = sequence.computed
+        if not 0 < length <= sequence.remaining:
+            raise LedgerError(f"{length} tokens to compute of request {sequence.request:x}, which has {sequence.remaining}")
+        for _ in range(self.pages_for(start + length) - len(sequence.pages)):
+            page = self._take()
+            sequence.pages.append(page)
+            self._events.append(page)
+        return Row(sequence, start, length)
+
+    def _take(self) -> int:
+        if len(self.pool):
+            return self.pool.take()
+        page = self.tree.evict()
+        if page is None:
+            raise LedgerError(f"no page is left for step {self.step}")
+        return page
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Move pages that have become full into the tree. Where the same tokens are there already, use that page and free the own."""
+        if not self._prefix_cache:
+            return
+        size = self.page_size
+        nodes = sequence.nodes
+        for index in range(len(nodes), sequence.computed // size):
+            parent = nodes[-1] if nodes else self.tree.root
+            own = sequence.pages[index]
+            key = tuple(sequence.tokens[index * size : (index + 1) * size])
+            node, new = self.tree.extend(parent, key, own, self.step)
+            nodes.append(node)
+            if not new:
+                sequence.pages[index] = node.page
+                self.pool.give(own)
+                self._events.extend((own, node.page))
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """Give back all pages; what is in the tree stays cached."""
+        self._events.extend((2, sequence.request & 0x7FFFFFFFFFFFFFFF))
+        for page in reversed(sequence.pages[len(sequence.nodes) :]):
+            self.pool.give(page)
+        self.tree.drop(sequence.nodes, self.step)
+        sequence.nodes = []
+        sequence.pages = []
+        sequence.computed = 0
+
+    def _seal(self) -> None:
+        """Mix what happened into the digest."""
+        mixed = blake2b(self.digest.to_bytes(8, "little"), digest_size=8)
+        mixed.update(self._events.tobytes())
+        self.digest = int.from_bytes(mixed.digest(), "little")
+        del self._events[:]

@@ -1,0 +1,54 @@
+"""One request as the ledger sees it: its tokens, how far they are computed, and the pages they lie in."""
+
+from headrace.engine.ledger.radix import Node
+from headrace.engine.messages.sampling import Sampling
+
+
+class Sequence:
+    """Tokens that are known, of which the first `computed` have keys and values in pages.
+
+        tokens   ■■■■■■■■■■■■■■■■■■■■■□□□      known: prompt, then emitted
+        computed ■■■■■■■■■■■■■■■■■■■■■
+        pages    [ node ][ node ][ own  ]      full pages lie in the radix tree, the last ones are the request's own
+    """
+
+    __slots__ = ("cached", "computed", "end_tokens", "max_tokens", "nodes", "pages", "prompt", "request", "sampling", "seed", "tokens")
+
+    def __init__(
+        self, request: int, prompt: list[int], emitted: list[int], sampling: Sampling, seed: int, end_tokens: frozenset[int]
+    ) -> None:
+        self.request = request
+        self.prompt = len(prompt)
+        """Tokens of the prompt; those after it were emitted."""
+        self.tokens = prompt + emitted
+        self.sampling = sampling
+        self.seed = seed
+        self.max_tokens = sampling.max_tokens or 0
+        self.end_tokens = end_tokens
+        """Tokens that end it: stop tokens, and the model's own unless they are to be ignored."""
+        self.computed = 0
+        self.cached = 0
+        """Tokens that the prefix cache gave when it last started from nothing."""
+        self.nodes: list[Node] = []
+        self.pages: list[int] = []
+        """Page numbers in order: those of `nodes`, then the request's own."""
+
+    @property
+    def emitted(self) -> int:
+        return len(self.tokens) - self.prompt
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are still to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def may_match(self) -> int:
+        """Most tokens that it may take from the prefix cache: the last token must be computed, and scored prompts wholly."""
+        return 0 if self.sampling.prompt_logprobs is not None else len(self.tokens) - 1
+
+    def ends_with(self, token: int) -> str | None:
+        """Why the request is over now that `token` is its last, or None."""
+        if token in self.end_tokens and self.emitted >= self.sampling.min_tokens:
+            return "stop"
+        return "length" if self.emitted >= self.max_tokens else None
