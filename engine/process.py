@@ -27,9 +27,8 @@ from headrace.engine.errors import UserError
 from headrace.engine.messages.lifecycle import Fatal, Probe, Progress, Snapshot, Started, ToChild
 from headrace.engine.messages.wire import Message
 from headrace.engine.metrics import Metrics
+from headrace.engine.names import SUPERVISOR
 
-SUPERVISOR = "supervisor"
-SCHEDULER = "scheduler"
 BIRTH_FILE = "engine.msgpack"
 EXIT_FATAL = 3
 """Exit status of a child that told the supervisor `Fatal`: restarting it is useless."""
@@ -105,9 +104,7 @@ def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
     run_dir, name, incarnation, death_fd = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     die_with_parent(death_fd)
     spec = msgspec.msgpack.decode((run_dir / BIRTH_FILE).read_bytes(), type=EngineSpec)
-    logging.basicConfig(
-        level=spec.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=spec.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr)
     process = Process(run_dir, name, incarnation, spec)
     try:
         uvloop.run(_live(process, union, build))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from headrace.engine.ledger.pages import PagePool
-from headrace.engine.ledger.radix import RadixTree
+from headrace.engine.ledger.radix import Node, RadixTree
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult
 
@@ -144,9 +144,9 @@ class Ledger:
         if sequence is not None:
             self._rewind(sequence)
 
-    def match_length(self, sequence: Sequence) -> int:
-        """Tokens that the prefix cache would give `sequence` now. Changes nothing."""
-        return len(self._match_path(sequence)) * self.page_size
+    def match_path(self, sequence: Sequence) -> list[Node]:
+        """The cached pages that `sequence` would start from now. Changes nothing."""
+        return self.tree.match(sequence.tokens, sequence.may_match // self.page_size) if self._prefix_cache else []
 
     def pages_freed_by(self, sequence: Sequence) -> int:
         """Pages that become available when `sequence` is preempted."""
@@ -192,12 +192,9 @@ class Ledger:
         except KeyError:
             raise LedgerError(f"request {request:x} is not in the ledger") from None
 
-    def _match_path(self, sequence: Sequence) -> list:
-        return self.tree.match(sequence.tokens, sequence.may_match // self.page_size) if self._prefix_cache else []
-
     def _match(self, sequence: Sequence) -> None:
         """Start from what the cache has."""
-        path = self._match_path(sequence)
+        path = self.match_path(sequence)
         self.tree.use(path, self.step)
         sequence.nodes = path
         sequence.pages = [node.page for node in path]
@@ -213,6 +210,7 @@ class Ledger:
             page = self._take()
             sequence.pages.append(page)
             self._events.append(page)
+        sequence.last_run = self.step
         return Row(sequence, start, length)
 
     def _take(self) -> int:

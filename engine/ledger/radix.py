@@ -11,7 +11,7 @@ users form whole subtrees: everything in them can be evicted, leaves first, the 
 """
 
 from collections.abc import Iterator, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 
 class Node:
@@ -68,7 +68,7 @@ class RadixTree:
             if node.users == 0:
                 self.idle += 1
                 if not node.children:
-                    heappush(self._leaves, (step, node.page, node))
+                    self._offer(node)
 
     def extend(self, parent: Node, key: tuple[int, ...], page: int, step: int) -> tuple[Node, bool]:
         """The child of `parent` for the tokens `key`, with one more user; whether it is new and so took `page`.
@@ -91,16 +91,24 @@ class RadixTree:
         while self._leaves:
             last_used, page, node = heappop(self._leaves)
             parent = node.parent
-            if parent is None or node.users or node.children or node.last_used != last_used or node.page != page:
+            if parent is None or node.users or node.children or node.last_used != last_used:
                 continue
             del parent.children[node.key]
             node.parent = None
             self.size -= 1
             self.idle -= 1
             if parent.users == 0 and parent is not self.root and not parent.children:
-                heappush(self._leaves, (parent.last_used, parent.page, parent))
+                self._offer(parent)
             return page
         return None
+
+    def _offer(self, leaf: Node) -> None:
+        """Put an idle leaf up for eviction."""
+        if len(self._leaves) > 4 * self.size + 64:
+            self._leaves = [(node.last_used, node.page, node) for node in self.nodes() if not node.users and not node.children]
+            heapify(self._leaves)
+        else:
+            heappush(self._leaves, (leaf.last_used, leaf.page, leaf))
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root, parents first."""

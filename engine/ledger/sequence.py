@@ -7,12 +7,26 @@ from headrace.engine.messages.sampling import Sampling
 class Sequence:
     """Tokens that are known, of which the first `computed` have keys and values in pages.
 
-        tokens   ■■■■■■■■■■■■■■■■■■■■■□□□      known: prompt, then emitted
-        computed ■■■■■■■■■■■■■■■■■■■■■
-        pages    [ node ][ node ][ own  ]      full pages lie in the radix tree, the last ones are the request's own
+    tokens   ■■■■■■■■■■■■■■■■■■■■■□□□      known: prompt, then emitted
+    computed ■■■■■■■■■■■■■■■■■■■■■
+    pages    [ node ][ node ][ own  ]      full pages lie in the radix tree, the last ones are the request's own
     """
 
-    __slots__ = ("cached", "computed", "end_tokens", "max_tokens", "nodes", "pages", "prompt", "request", "sampling", "seed", "tokens")
+    __slots__ = (
+        "_chain",
+        "cached",
+        "computed",
+        "end_tokens",
+        "last_run",
+        "max_tokens",
+        "nodes",
+        "pages",
+        "prompt",
+        "request",
+        "sampling",
+        "seed",
+        "tokens",
+    )
 
     def __init__(
         self, request: int, prompt: list[int], emitted: list[int], sampling: Sampling, seed: int, end_tokens: frozenset[int]
@@ -29,6 +43,9 @@ class Sequence:
         self.computed = 0
         self.cached = 0
         """Tokens that the prefix cache gave when it last started from nothing."""
+        self.last_run = -1
+        """Step that last computed some of it."""
+        self._chain: list[int] = []
         self.nodes: list[Node] = []
         self.pages: list[int] = []
         """Page numbers in order: those of `nodes`, then the request's own."""
@@ -46,6 +63,13 @@ class Sequence:
     def may_match(self) -> int:
         """Most tokens that it may take from the prefix cache: the last token must be computed, and scored prompts wholly."""
         return 0 if self.sampling.prompt_logprobs is not None else len(self.tokens) - 1
+
+    def chain(self, page_size: int) -> list[int]:
+        """For each full page of known tokens, a hash of everything up to its end: equal hashes mean equal prefixes."""
+        chain = self._chain
+        for start in range(len(chain) * page_size, len(self.tokens) - page_size + 1, page_size):
+            chain.append(hash((chain[-1] if chain else 0, *self.tokens[start : start + page_size])))
+        return chain
 
     def ends_with(self, token: int) -> str | None:
         """Why the request is over now that `token` is its last, or None."""

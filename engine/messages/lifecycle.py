@@ -1,7 +1,7 @@
 """Between the supervisor and its children: birth, readiness, health, metrics, drain, death.
 
-    supervisor ── Drain, Probe, Stop ──▶ child
-    supervisor ◀─ Started, Snapshot, Drained, Warning ── child
+supervisor ── Drain, Probe, Stop ──▶ child
+supervisor ◀─ Started, Snapshot, Drained, Warning ── child
 """
 
 from headrace.engine.messages.wire import Message
@@ -20,6 +20,13 @@ class Fatal(Message):
 
     child: str
     message: str
+
+
+class Restart(Message):
+    """A child asks for the restart of others, because what they say cannot be right."""
+
+    names: tuple[str, ...]
+    why: str
 
 
 class Probe(Message):
@@ -112,7 +119,7 @@ class EngineState(Message):
     state: str
 
 
-FromChild = Started | Fatal | Snapshot | Drained | GetStatus
+FromChild = Started | Fatal | Restart | Snapshot | Drained | GetStatus
 ToChild = Probe | Drain | PeerDied
 ToServer = Status | EngineState
 """Beside `ToChild`, which every child takes."""

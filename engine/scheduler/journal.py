@@ -1,0 +1,66 @@
+"""The request journal: for each live request, all that is needed to compute it again.
+
+Sampling is counter-based, so a request is a pure function of its prompt, its parameters, its seed and the tokens emitted so far. Whatever
+happens to a worker, the journal gives the same continuation.
+"""
+
+from headrace.engine.ledger.sequence import Sequence
+from headrace.engine.messages.steps import Admit
+from headrace.engine.messages.tokens import Submit, TokenEnd
+
+
+class Entry:
+    """One live request, from its submission to its terminal message."""
+
+    __slots__ = ("arrived", "cached", "emitted", "preemptions", "sequence", "started", "submit")
+
+    def __init__(self, submit: Submit, arrived: float) -> None:
+        self.submit = submit
+        self.arrived = arrived
+        """Monotonic seconds."""
+        self.emitted = list(submit.emitted)
+        self.started: float | None = None
+        """When a step first ran it, monotonic seconds."""
+        self.cached = 0
+        self.preemptions = 0
+        self.sequence: Sequence | None = None
+        """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs."""
+
+    def admit(self) -> Admit:
+        """What workers must know to continue it."""
+        submit = self.submit
+        return Admit(submit.request, submit.prompt, self.emitted, submit.sampling, submit.seed)
+
+    def end(self, reason: str, now: float) -> TokenEnd:
+        """Its last message. `reason` as in `TokenEnd`."""
+        last = self.emitted[-1] if self.emitted else None
+        stop = last if reason == "stop" and last in self.submit.sampling.stop_token_ids else None
+        queued = (self.started if self.started is not None else now) - self.arrived
+        return TokenEnd(self.submit.request, reason, stop, self.cached, queued, self.preemptions)
+
+
+class Journal:
+    """Live requests in the order of their arrival."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request: int) -> bool:
+        return request in self._entries
+
+    def open(self, submit: Submit, now: float) -> Entry:
+        entry = self._entries[submit.request] = Entry(submit, now)
+        return entry
+
+    def get(self, request: int) -> Entry | None:
+        return self._entries.get(request)
+
+    def close(self, request: int) -> Entry | None:
+        """Forget a request that is over; None when it is not known."""
+        return self._entries.pop(request, None)
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())

@@ -1,0 +1,140 @@
+"""What the next step computes: a pure function of the ledger and the queues.
+
+There is no prefill and no decode, only sequences with tokens still to be computed. Those with one such token come first, for they are
+what users see moving; the rest of the step's token budget goes to longer ones in chunks, then to newcomers. When decodes alone
+could eat the budget, a quarter of it stays with the others.
+
+Pages: a newcomer is admitted when all its known tokens fit beside what earlier prefills still need. Decodes grow into what is
+left; when nothing is, the request that was admitted last gives up its pages and waits again (its computed prefix stays cached as
+long as nobody needs the room).
+
+Many newcomers with the same new prefix: the first computes it, the others wait for its pages instead of computing them too.
+"""
+
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field
+
+from headrace.engine.ledger.ledger import Ledger
+from headrace.engine.ledger.sequence import Sequence
+
+MOST_PASSED_OVER = 64
+"""Waiting requests that a step looks past because they wait for a prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_running: int
+    max_step_tokens: int
+
+
+@dataclass(slots=True)
+class Decision:
+    """What becomes a `Plan`: sequences to preempt, waiting ones to start, and all that run with how many tokens each."""
+
+    preempt: list[Sequence] = field(default_factory=list)
+    start: list[Sequence] = field(default_factory=list)
+    run: list[tuple[Sequence, int]] = field(default_factory=list)
+
+
+def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], limits: Limits) -> Decision:
+    """Decide one step.
+
+    `running` are the sequences with pages, in the order of their admission; `waiting` those without, first come first. A sequence of
+    `waiting` may be known to the ledger already (it was preempted). Nothing is changed.
+    """
+    decision = Decision()
+    left = list(running)
+    """Running sequences that are not preempted."""
+    decodes = [sequence for sequence in running if sequence.remaining == 1]
+    prefills = [sequence for sequence in running if sequence.remaining > 1]
+    available = ledger.available
+    budget = limits.max_step_tokens
+
+    decode_budget = budget - budget // 4 if prefills or waiting else budget
+    if len(decodes) > decode_budget:
+        decodes = sorted(decodes, key=lambda sequence: sequence.last_run)[:decode_budget]
+    preempted: set[int] = set()
+
+    def make_room(sequence: Sequence, pages: int) -> bool:
+        """Preempt from the end until `pages` are available; False when `sequence` itself had to go."""
+        nonlocal available
+        while pages > available:
+            victim = left.pop()
+            preempted.add(victim.request)
+            decision.preempt.append(victim)
+            available += ledger.pages_freed_by(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    order = {sequence.request: place for place, sequence in enumerate(running)} if len(decodes) != len(running) else None
+    if order:
+        decodes.sort(key=lambda sequence: order[sequence.request])
+    for sequence in decodes:
+        if sequence.request in preempted:
+            continue
+        pages = ledger.pages_for(sequence.computed + 1) - len(sequence.pages)
+        if pages > available and not make_room(sequence, pages):
+            continue
+        available -= pages
+        budget -= 1
+        decision.run.append((sequence, 1))
+
+    for sequence in prefills:
+        if sequence.request in preempted or budget == 0:
+            continue
+        room = (len(sequence.pages) + available) * ledger.page_size - sequence.computed
+        if room <= 0 and not decision.run:
+            # Nothing else moves, so waiting for pages would be for ever.
+            if not make_room(sequence, 1):
+                continue
+            room = (len(sequence.pages) + available) * ledger.page_size - sequence.computed
+        length = min(sequence.remaining, budget, room)
+        if length > 0:
+            available -= ledger.pages_for(sequence.computed + length) - len(sequence.pages)
+            budget -= length
+            decision.run.append((sequence, length))
+
+    if waiting and budget and not decision.preempt:
+        _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget)
+    return decision
+
+
+def _admit(
+    decision: Decision,
+    ledger: Ledger,
+    prefills: list[Sequence],
+    waiting: Series[Sequence],
+    places: int,
+    available: int,
+    budget: int,
+) -> None:
+    """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out."""
+    size = ledger.page_size
+    for sequence in prefills:
+        planned = next((length for other, length in decision.run if other is sequence), 0)
+        held = max(len(sequence.pages), ledger.pages_for(sequence.computed + planned))
+        available -= ledger.pages_for(len(sequence.tokens) + 1) - held
+    coming = {link for sequence in prefills for link in sequence.chain(size)[sequence.computed // size :]}
+    locked: set[int] = set()
+    passed_over = 0
+    for sequence in waiting:
+        if places <= 0 or budget <= 0 or passed_over == MOST_PASSED_OVER:
+            return
+        path = ledger.match_path(sequence)
+        most = sequence.may_match // size
+        if len(path) < most and sequence.chain(size)[len(path)] in coming:
+            passed_over += 1
+            continue
+        idle = [node.page for node in path if node.users == 0 and node.page not in locked]
+        pages = ledger.pages_for(len(sequence.tokens) + 1) - len(path) + len(idle)
+        if pages > available:
+            return
+        available -= pages
+        locked.update(idle)
+        places -= 1
+        length = min(len(sequence.tokens) - len(path) * size, budget)
+        budget -= length
+        coming.update(sequence.chain(size)[len(path) :])
+        decision.start.append(sequence)
+        decision.run.append((sequence, length))

@@ -1,0 +1,338 @@
+"""The supervisor: starts the engine's processes, sees them die, starts them again, and ends them all.
+
+It follows Erlang's supervisors. Each child has a `ChildSpec` (how to start it, which group dies with it) and says `Started` when it is
+ready. A death is seen at once through the child's pidfd; the siblings are told, the child is started anew. Too many deaths in too
+short a time mean that starting again does not help, and the engine stops with a message.
+
+    starting ─▶ ready ◀─▶ recovering
+                  └──▶ draining ─▶ stopped
+
+It never touches a request. SIGINT ends everything at once; SIGTERM drains first; when the supervisor itself dies, the death pipe
+(see `engine.process`) takes every child along.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import uvloop
+import zmq
+
+from headrace.engine.actor import Mailbox, Post, endpoint
+from headrace.engine.checkpoint.card import ModelFiles
+from headrace.engine.config import Config
+from headrace.engine.messages.lifecycle import (
+    ChildStatus,
+    Drain,
+    Drained,
+    EngineState,
+    Fatal,
+    FromChild,
+    GetStatus,
+    PeerDied,
+    Probe,
+    Progress,
+    Restart,
+    Series,
+    Snapshot,
+    Started,
+    Status,
+)
+from headrace.engine.messages.wire import Message
+from headrace.engine.names import SCHEDULER, SUPERVISOR, server_names, tokenizer_names, worker_names
+from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec
+
+log = logging.getLogger(__name__)
+
+MOST_RESTARTS = 5
+RESTART_WINDOW = 60.0
+"""More than MOST_RESTARTS deaths within this many seconds end the engine."""
+
+STOP_GRACE = 1.0
+"""Seconds that children get between SIGTERM and SIGKILL."""
+
+FATAL_GRACE = 0.5
+"""Seconds to wait for the message of a child that ended with EXIT_FATAL."""
+
+PROBE_GRACE = 1.0
+"""Seconds after which a status is answered without the children that did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    name: str
+    module: str
+    group: str
+    """Children of one group are started again together: ranks that lost one of theirs wait in a collective for ever."""
+
+
+class Child:
+    """One child process: its spec and its present life."""
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.spec = spec
+        self.process: subprocess.Popen | None = None
+        self.pidfd = -1
+        self.state = "starting"
+        self.restarts = -1
+        self.born = 0.0
+        self.detail = ""
+        self.doomed = False
+        """It is being killed because one of its group died."""
+
+
+class _Probing:
+    """A status question that waits for the children's snapshots."""
+
+    def __init__(self, question: GetStatus, asked: set[str], timer: asyncio.TimerHandle) -> None:
+        self.question = question
+        self.asked = asked
+        self.timer = timer
+        self.series: list[Series] = []
+        self.progress: Progress | None = None
+
+
+class Supervisor:
+    """The engine's processes. `on_ready` is called once, with the server's address, when the engine first takes requests."""
+
+    def __init__(self, config: Config, model: ModelFiles, worker_module: str, on_ready: Callable[[str], None]) -> None:
+        self._config = config
+        self._run_dir = Path(tempfile.mkdtemp(prefix="headrace-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+        self._context = zmq.Context()
+        self._post = Post(self._context, self._run_dir)
+        self._on_ready = on_ready
+        specs = [ChildSpec(name, worker_module, "workers") for name in worker_names(config)]
+        specs += [ChildSpec(name, "headrace.tokenizer_proc.tokenizer", name) for name in tokenizer_names(config)]
+        specs += [ChildSpec(name, "headrace.server.server", name) for name in server_names(config)]
+        specs.append(ChildSpec(SCHEDULER, "headrace.engine.scheduler.scheduler", SCHEDULER))
+        self._children = {spec.name: Child(spec) for spec in specs}
+        self._deaths: deque[float] = deque()
+        self._probing: dict[int, _Probing] = {}
+        self._calls = 0
+        self._state = "starting"
+        self._undrained: set[str] = set()
+        self._all_dead = asyncio.Event()
+        self._done: asyncio.Future[int] | None = None
+        """The exit status, once the engine is to end."""
+        spec = EngineSpec(config, model)
+        (self._run_dir / BIRTH_FILE).write_bytes(msgspec.msgpack.encode(spec))
+        self._death_read, self._death_write = os.pipe()
+
+    async def run(self) -> int:
+        """Start everything and live until told to stop; the exit status."""
+        loop = asyncio.get_running_loop()
+        self._done = loop.create_future()
+        mailbox = Mailbox(self._context, endpoint(self._run_dir, SUPERVISOR), FromChild)
+        mailbox.open(self)
+        loop.add_signal_handler(signal.SIGINT, self._end, 0)
+        loop.add_signal_handler(signal.SIGTERM, self._drain)
+        try:
+            for child in self._children.values():
+                self._start(child)
+            return await self._done
+        finally:
+            await self._stop()
+            mailbox.close()
+            self._post.close()
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def receive(self, message: Message) -> None:
+        match message:
+            case Started():
+                self._started(message)
+            case Fatal():
+                self._fail(message.message)
+            case Snapshot():
+                self._collect(message)
+            case GetStatus():
+                self._ask_children(message)
+            case Drained():
+                self._undrained.discard(message.child)
+                if self._state == "draining" and not self._undrained:
+                    self._end(0)
+            case Restart():
+                for name in message.names:
+                    if (child := self._children.get(name)) and child.process:
+                        log.error("restarting %s: %s", name, message.why)
+                        child.process.kill()
+
+    def settle(self) -> None:
+        """Nothing waits for the end of a burst."""
+
+    # Life and death
+
+    def _start(self, child: Child) -> None:
+        child.restarts += 1
+        child.state = "starting" if child.restarts == 0 else "restarting"
+        child.born = time.monotonic()
+        command = [sys.executable, "-m", child.spec.module, str(self._run_dir), child.spec.name]
+        command += [str(time.time_ns() & 0xFFFFFFFFFFF), str(self._death_read)]
+        # A session of its own: Ctrl-C in the terminal is for the supervisor, which tells the children.
+        child.process = subprocess.Popen(command, pass_fds=[self._death_read], stdin=subprocess.DEVNULL, start_new_session=True)
+        child.pidfd = os.pidfd_open(child.process.pid)
+        asyncio.get_running_loop().add_reader(child.pidfd, self._died, child)
+
+    def _started(self, message: Started) -> None:
+        child = self._children[message.child]
+        child.state = "ready"
+        child.detail = message.detail
+        if child.restarts:
+            log.warning("%s is back after %.2f s", child.spec.name, time.monotonic() - child.born)
+        if self._state in ("starting", "recovering") and all(child.state == "ready" for child in self._children.values()):
+            first = self._state == "starting"
+            self._turn("ready")
+            if first:
+                self._on_ready(self._children[server_names(self._config)[0]].detail)
+        elif message.child in server_names(self._config):
+            self._post.send(message.child, EngineState(self._state))
+
+    def _died(self, child: Child) -> None:
+        """The child's pidfd is readable: it is dead."""
+        assert child.process
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(child.pidfd)
+        os.close(child.pidfd)
+        status = child.process.wait()
+        child.process = None
+        child.state = "stopped"
+        if not any(other.process for other in self._children.values()):
+            self._all_dead.set()
+        if self._done is None or self._done.done():
+            return
+        name = child.spec.name
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        self._post.forget(name)
+        for other in self._children.values():
+            if other is not child and other.process:
+                self._post.send(other.spec.name, PeerDied(name))
+        if child.doomed:
+            child.doomed = False
+        elif status == EXIT_FATAL:
+            # What it said is on its way.
+            loop.call_later(FATAL_GRACE, self._end, 1)
+            return
+        elif self._state == "starting":
+            self._fail(f"{name} ended {how} before it was ready; its own messages stand above")
+            return
+        elif self._too_many_deaths():
+            self._fail(f"{len(self._deaths)} deaths of processes within {RESTART_WINDOW:.0f} s (the last: {name}, {how}): giving up")
+            return
+        log.warning("%s ended %s: starting it again", name, how)
+        if self._state == "ready":
+            self._turn("recovering")
+        for other in self._children.values():
+            if other is not child and other.spec.group == child.spec.group and other.process and not other.doomed:
+                other.doomed = True
+                other.process.kill()
+        self._start(child)
+
+    def _too_many_deaths(self) -> bool:
+        """Count one more death."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW:
+            self._deaths.popleft()
+        return len(self._deaths) > MOST_RESTARTS
+
+    def _fail(self, message: str) -> None:
+        print(f"headrace: {message}", file=sys.stderr, flush=True)
+        self._end(1)
+
+    def _turn(self, state: str) -> None:
+        self._state = state
+        for name in server_names(self._config):
+            self._post.send(name, EngineState(state))
+
+    def _drain(self) -> None:
+        """SIGTERM: finish what runs, up to a limit. A second one ends at once."""
+        if self._state in ("draining", "starting"):
+            self._end(0)
+            return
+        self._turn("draining")
+        self._undrained = {SCHEDULER, *server_names(self._config)}
+        for name in self._undrained:
+            self._post.send(name, Drain())
+        asyncio.get_running_loop().call_later(self._config.drain_timeout, self._end, 0)
+
+    def _end(self, status: int) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_result(status)
+
+    async def _stop(self) -> None:
+        """End every child: politely, then not."""
+        for child in self._children.values():
+            if child.process:
+                child.process.terminate()
+        try:
+            await asyncio.wait_for(self._all_dead.wait(), STOP_GRACE)
+        except TimeoutError:
+            for child in self._children.values():
+                if child.process:
+                    child.process.kill()
+            await self._all_dead.wait()
+
+    # Status
+
+    def _ask_children(self, question: GetStatus) -> None:
+        ready = {child.spec.name for child in self._children.values() if child.state == "ready"}
+        self._calls += 1
+        call = self._calls
+        timer = asyncio.get_running_loop().call_later(PROBE_GRACE, self._answer, call)
+        self._probing[call] = _Probing(question, ready, timer)
+        for name in ready:
+            self._post.send(name, Probe(call))
+        if not ready:
+            self._answer(call)
+
+    def _collect(self, snapshot: Snapshot) -> None:
+        probing = self._probing.get(snapshot.call)
+        if probing is None:
+            return
+        probing.asked.discard(snapshot.child)
+        probing.series.extend(snapshot.series)
+        probing.progress = snapshot.progress or probing.progress
+        if not probing.asked:
+            self._answer(snapshot.call)
+
+    def _answer(self, call: int) -> None:
+        probing = self._probing.pop(call, None)
+        if probing is None:
+            return
+        probing.timer.cancel()
+        now = time.monotonic()
+        children = [
+            ChildStatus(child.spec.name, child.state, child.process.pid if child.process else 0, child.restarts, now - child.born)
+            for child in self._children.values()
+        ]
+        restarts = [
+            Series("headrace_restarts_total", "counter", "Restarts by process.", (("process", child.name),), float(child.restarts))
+            for child in children
+        ]
+        question = probing.question
+        status = Status(question.call, self._state, children, restarts + probing.series, probing.progress)
+        self._post.send(question.reply_to, status)
+
+
+def run(config: Config, model: ModelFiles, worker_module: str = "headrace.workers.runner") -> int:
+    """Serve `model` until SIGINT or SIGTERM; the exit status. Prints one line to stderr when the engine is ready."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s supervisor: %(message)s", stream=sys.stderr)
+    begun = time.monotonic()
+
+    def announce(address: str) -> None:
+        print(f"headrace: {model.name} is ready on {address} after {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+
+    async def live() -> int:
+        return await Supervisor(config, model, worker_module, announce).run()
+
+    return uvloop.run(live())

@@ -1,0 +1,178 @@
+"""plan() on its own: thousands of random traces, without a process or a device."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.engine.ledger.ledger import Ledger
+from headrace.engine.ledger.sequence import Sequence
+from headrace.engine.messages.sampling import Sampling
+from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult, StepTimes
+from headrace.engine.scheduler.plan import Decision, Limits, plan
+
+PAGE = 4
+
+
+class Trace:
+    """A scheduler's queues and ledger, without its process: applies what plan() decides."""
+
+    def __init__(self, pages: int, limits: Limits, prefix_cache: bool = True) -> None:
+        self.ledger = Ledger(Begin(1, pages, PAGE, (), prefix_cache))
+        self.limits = limits
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.admits: dict[int, Admit] = {}
+        self.aborts: list[int] = []
+        self.finished: dict[int, list[int]] = {}
+        self.steps = 0
+
+    def submit(self, request: int, prompt: list[int], max_tokens: int) -> None:
+        admit = Admit(request, prompt, [], Sampling(max_tokens=max_tokens), request)
+        self.admits[request] = admit
+        self.waiting.append(self.ledger.sequence_of(admit))
+
+    def abort(self, request: int) -> None:
+        if request in self.ledger.sequences:
+            self.aborts.append(request)
+        self.running = [s for s in self.running if s.request != request]
+        self.waiting = [s for s in self.waiting if s.request != request]
+        self.admits.pop(request, None)
+
+    def decide(self) -> Decision:
+        return plan(self.ledger, self.running, self.waiting, self.limits)
+
+    def step(self) -> Decision:
+        ledger = self.ledger
+        decision = self.decide()
+        assert sum(length for _, length in decision.run) <= self.limits.max_step_tokens
+        message = Plan(
+            1,
+            ledger.step,
+            ledger.digest,
+            self.aborts,
+            [s.request for s in decision.preempt],
+            [self.admits[s.request] for s in decision.start if s.request not in ledger.sequences],
+            [s.request for s, _ in decision.run],
+            [length for _, length in decision.run],
+        )
+        self.aborts = []
+        rows = ledger.apply(message)
+        ledger.check()
+        gone = {s.request for s in decision.preempt}
+        self.running = [s for s in self.running if s.request not in gone]
+        self.waiting = sorted([*decision.preempt, *self.waiting], key=lambda s: s.request)
+        for sequence in decision.start:
+            self.waiting.remove(sequence)
+            self.running.append(ledger.sequences[sequence.request])
+        self.running.sort(key=lambda s: s.request)
+        assert len(self.running) <= self.limits.max_running
+        emitting = [row.sequence for row in rows if row.emits]
+        tokens = [hash((s.request, s.emitted)) % 3 for s in emitting]
+        times = StepTimes(0, 0, 0, 0)
+        result = StepResult(1, ledger.step, 0, ledger.digest, [s.request for s in emitting], [1] * len(tokens), tokens, [], [], times)
+        for end in ledger.commit(result):
+            sequence = end.sequence
+            self.finished[sequence.request] = sequence.tokens[sequence.prompt :]
+            self.running.remove(sequence)
+            del self.admits[sequence.request]
+        ledger.check()
+        self.steps += 1
+        return decision
+
+
+def test_decodes_come_before_prefill_chunks_and_newcomers():
+    trace = Trace(64, Limits(8, 8))
+    trace.submit(1, [1, 2], 5)
+    trace.step()
+    trace.submit(2, [7] * 20, 5)
+    decision = trace.step()
+    assert [(s.request, n) for s, n in decision.run] == [(1, 1), (2, 7)]
+    decision = trace.step()
+    assert [(s.request, n) for s, n in decision.run] == [(1, 1), (2, 7)]
+
+
+def test_decodes_never_take_the_whole_budget_from_a_waiting_prompt():
+    trace = Trace(256, Limits(32, 8))
+    for request in range(1, 9):
+        trace.submit(request, [request], 50)
+    while trace.waiting:
+        trace.step()
+    trace.submit(9, [5] * 10, 2)
+    decision = trace.step()
+    assert sum(length for s, length in decision.run if s.request == 9) == 2
+
+
+def test_decodes_that_do_not_fit_the_budget_take_turns():
+    trace = Trace(256, Limits(32, 4))
+    for request in range(1, 9):
+        trace.submit(request, [request], 6)
+    while trace.waiting or trace.running:
+        trace.step()
+        assert trace.steps < 100
+    assert all(len(tokens) == 6 for tokens in trace.finished.values())
+
+
+def test_equal_prompts_that_arrive_together_are_computed_once():
+    trace = Trace(256, Limits(32, 16))
+    prompt = [hash(("shared", i)) % 50 for i in range(40)]
+    for request in range(1, 9):
+        trace.submit(request, [*prompt, request], 2)
+    computed = 0
+    while trace.waiting or trace.running:
+        computed += sum(length for _, length in trace.step().run)
+    # The shared forty once, then for each request its own tail and one decode.
+    assert computed <= 40 + 8 * (1 + 1)
+
+
+def test_when_pages_run_out_the_last_one_admitted_waits_and_still_ends_right():
+    trace = Trace(6, Limits(8, 64))
+    trace.submit(1, [1] * 6, 14)
+    trace.submit(2, [2] * 6, 14)
+    preempted = []
+    while trace.waiting or trace.running:
+        preempted += [s.request for s in trace.step().preempt]
+        assert trace.steps < 200
+    assert set(preempted) == {2}
+    assert {request: len(tokens) for request, tokens in trace.finished.items()} == {1: 14, 2: 14}
+
+
+def test_two_half_computed_prompts_that_fill_the_pages_do_not_block_each_other():
+    trace = Trace(6, Limits(8, 4), prefix_cache=False)
+    trace.submit(1, [1] * 18, 2)
+    trace.submit(2, [2] * 18, 2)
+    while trace.waiting or trace.running:
+        trace.step()
+        assert trace.steps < 100
+    assert set(trace.finished) == {1, 2}
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
+    pages = data.draw(st.integers(8, 40), label="pages")
+    limits = Limits(data.draw(st.integers(1, 8), label="running"), data.draw(st.integers(4, 40), label="budget"))
+    trace = Trace(pages, limits, data.draw(st.booleans(), label="prefix cache"))
+    submitted: dict[int, int] = {}
+    aborted = set()
+    for request in range(1, data.draw(st.integers(1, 14), label="requests") + 1):
+        prompt = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=18), label="prompt")
+        most = data.draw(st.integers(0, min(12, pages * PAGE - len(prompt))), label="max_tokens")
+        trace.submit(request, prompt, most)
+        submitted[request] = most
+        for _ in range(data.draw(st.integers(0, 3), label="steps between")):
+            trace.step()
+        if data.draw(st.integers(0, 5)) == 0:
+            victim = data.draw(st.sampled_from(sorted(submitted)))
+            if victim not in trace.finished:
+                trace.abort(victim)
+                aborted.add(victim)
+    idle = 0
+    while trace.waiting or trace.running or trace.aborts:
+        decision = trace.step()
+        idle = 0 if decision.run else idle + 1
+        assert idle < 3, "steps that compute nothing must not repeat while work is pending"
+        assert trace.steps < 2000
+    assert set(trace.finished) | aborted == set(submitted)
+    for request, tokens in trace.finished.items():
+        assert tokens == [hash((request, index)) % 3 for index in range(submitted[request])]
+    assert trace.ledger.available == pages
+    assert not trace.ledger.sequences
