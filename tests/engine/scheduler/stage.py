@@ -1,0 +1,129 @@
+"""A stage for control-plane tests: scheduler and fake workers as actors on one event loop, the test in the part of their peers."""
+
+import asyncio
+from pathlib import Path
+
+from headrace.engine.actor import Mailbox
+from headrace.engine.checkpoint.card import ModelFiles
+from headrace.engine.config import Config
+from headrace.engine.messages.lifecycle import FromChild, PeerDied, ToChild
+from headrace.engine.messages.sampling import Sampling
+from headrace.engine.messages.steps import FromWorker, ToWorker
+from headrace.engine.messages.tokens import FromScheduler, Refused, Submit, TokenEnd, Tokens, ToScheduler
+from headrace.engine.messages.wire import Message
+from headrace.engine.process import EngineSpec, Process
+from headrace.engine.scheduler.scheduler import Scheduler
+from headrace.workers.fake import FakeRunner
+from headrace.workers.worker import Worker
+
+MODEL = ModelFiles("fake", "/nowhere", "gguf", "llama", context=4096, vocab_size=32_000, end_tokens=(2,), bos_token=1, weight_bytes=0)
+
+
+class Recorder:
+    """A mailbox that keeps what it gets and lets a test wait for it."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._changed = asyncio.Event()
+
+    def receive(self, message: Message) -> None:
+        self.messages.append(message)
+
+    def settle(self) -> None:
+        self._changed.set()
+
+    async def until(self, condition, timeout: float = 10.0) -> None:
+        """Wait until `condition(messages)` holds."""
+        async with asyncio.timeout(timeout):
+            while not condition(self.messages):
+                self._changed.clear()
+                await self._changed.wait()
+
+
+class TokenizerPart(Recorder):
+    """Stands where a tokenizer stands: collects the tokens and ends of each request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, TokenEnd] = {}
+        self.refused: dict[int, Refused] = {}
+
+    def receive(self, message: Message) -> None:
+        super().receive(message)
+        match message:
+            case Tokens():
+                for request, index, token in zip(message.requests, message.index, message.tokens, strict=True):
+                    have = self.tokens.setdefault(request, [])
+                    assert index == len(have), f"token {index} of {request} came after {len(have)}"
+                    have.append(token)
+                for end in message.ends:
+                    assert end.request not in self.ends, f"{end.request} ended twice"
+                    self.ends[end.request] = end
+            case Refused():
+                self.refused[message.request] = message
+
+    async def all_ended(self, requests) -> None:
+        await self.until(lambda _: all(request in self.ends or request in self.refused for request in requests))
+
+
+class Stage:
+    def __init__(self, run_dir: Path, **settings) -> None:
+        self.config = Config(**settings)
+        self._run_dir = run_dir
+        self._incarnation = 0
+        self.tokenizer = TokenizerPart()
+        self.supervisor = Recorder()
+        self._actors: dict[str, tuple[Process, Mailbox, object]] = {}
+        self._open("tokenizer-0", FromScheduler, lambda process: self.tokenizer)
+        self._open("supervisor", FromChild, lambda process: self.supervisor)
+
+    def start_worker(self, rank: int = 0, pages: int = 64, page_size: int = 4, spoil=None) -> None:
+        def build(process: Process) -> Worker:
+            runner = FakeRunner(page_size, MODEL.vocab_size)
+            runner.pages = pages
+            worker = Worker(process, rank, runner)
+            if spoil:
+                spoil(worker)
+            return worker
+
+        self._open(f"worker-{rank}", ToWorker, build)
+
+    def start_scheduler(self) -> Scheduler:
+        return self._open("scheduler", ToScheduler | FromWorker, Scheduler)
+
+    def kill(self, name: str) -> None:
+        """End an actor without a word, and let the others know as the supervisor would."""
+        process, mailbox, _ = self._actors.pop(name)
+        mailbox.close()
+        process.post.close()
+        for other_process, _, actor in list(self._actors.values()):
+            other_process.post.forget(name)
+            if not isinstance(actor, Recorder):
+                actor.receive(PeerDied(name))
+
+    def actor(self, name: str):
+        return self._actors[name][2]
+
+    def send(self, to: str, message: Message) -> None:
+        self._actors["tokenizer-0"][0].send(to, message)
+
+    def submit(self, request: int, prompt: list[int], max_tokens: int = 8, **fields) -> None:
+        sampling = Sampling(max_tokens=max_tokens, ignore_eos=True, **fields.pop("sampling", {}))
+        self.send("scheduler", Submit(request, "tokenizer-0", prompt, sampling, seed=request, **fields))
+
+    def close(self) -> None:
+        for process, mailbox, _ in self._actors.values():
+            mailbox.close()
+            process.post.close()
+        for process, _, _ in self._actors.values():
+            process.context.term()
+
+    def _open(self, name: str, union: object, build):
+        self._incarnation += 1
+        process = Process(self._run_dir, name, self._incarnation, EngineSpec(self.config, MODEL))
+        mailbox = Mailbox(process.context, process.address(name), union | ToChild)
+        actor = build(process)
+        mailbox.open(actor)
+        self._actors[name] = (process, mailbox, actor)
+        return actor

@@ -1,0 +1,173 @@
+"""The scheduler's process and the fake worker's, over real sockets: serving, ending, refusing, recovering."""
+
+import pytest
+
+from headrace.engine.messages.lifecycle import Drain, Drained, Restart
+from headrace.engine.messages.tokens import Cancel, SchedulerUp, Tokens
+from headrace.workers.fake import fake_token
+from tests.engine.scheduler.stage import MODEL, Stage
+
+
+@pytest.fixture
+async def stage(tmp_path, request):
+    stage = Stage(tmp_path, **getattr(request, "param", {}))
+    yield stage
+    stage.close()
+
+
+def expected(request: int, count: int) -> list[int]:
+    return [fake_token(request, index, MODEL.vocab_size) for index in range(count)]
+
+
+async def test_requests_of_all_lengths_get_their_tokens_and_one_end_each(stage):
+    stage.start_worker()
+    scheduler = stage.start_scheduler()
+    lengths = {request: 1 + request % 9 for request in range(1, 41)}
+    for request, length in lengths.items():
+        stage.submit(request, list(range(1, 1 + request)), length)
+    await stage.tokenizer.all_ended(lengths)
+    assert stage.tokenizer.tokens == {request: expected(request, length) for request, length in lengths.items()}
+    assert {end.reason for end in stage.tokenizer.ends.values()} == {"length"}
+    assert scheduler.progress().running == scheduler.progress().waiting == 0
+
+
+async def test_it_does_not_matter_who_comes_first_scheduler_or_worker(stage):
+    stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 4)
+    stage.start_worker()
+    await stage.tokenizer.all_ended([1])
+    assert stage.tokenizer.tokens[1] == expected(1, 4)
+
+
+async def test_a_cancelled_request_ends_at_once_and_frees_its_pages(stage):
+    stage.start_worker()
+    scheduler = stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 200)
+    await stage.tokenizer.until(lambda messages: any(isinstance(m, Tokens) and m.tokens for m in messages))
+    stage.send("scheduler", Cancel((1, 999), "abort"))
+    await stage.tokenizer.all_ended([1])
+    assert stage.tokenizer.ends[1].reason == "abort"
+    stage.submit(2, [9] * 5, 3)
+    await stage.tokenizer.all_ended([2])
+    assert scheduler._ledger.available == 64
+    assert len(stage.actor("worker-0")._ledger.sequences) == 0
+
+
+async def test_a_dead_worker_costs_no_request_a_token(stage):
+    stage.start_worker()
+    stage.start_scheduler()
+    for request in range(1, 9):
+        stage.submit(request, [request] * 7, 100)
+    for _ in range(3):
+        before = len(stage.tokenizer.messages)
+        await stage.tokenizer.until(lambda messages, before=before: len(messages) > before + 5)
+        stage.kill("worker-0")
+        stage.start_worker()
+    await stage.tokenizer.all_ended(range(1, 9))
+    assert stage.tokenizer.tokens == {request: expected(request, 100) for request in range(1, 9)}
+
+
+async def test_a_new_scheduler_says_so_and_continues_what_is_submitted_again(stage):
+    stage.start_worker()
+    stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 60)
+    await stage.tokenizer.until(lambda _: len(stage.tokenizer.tokens.get(1, [])) > 5)
+    stage.kill("scheduler")
+    ups = sum(isinstance(m, SchedulerUp) for m in stage.tokenizer.messages)
+    stage.start_scheduler()
+    await stage.tokenizer.until(lambda messages: sum(isinstance(m, SchedulerUp) for m in messages) > ups)
+    stage.submit(1, [1, 2, 3], 60, emitted=list(stage.tokenizer.tokens[1]))
+    await stage.tokenizer.all_ended([1])
+    assert stage.tokenizer.tokens[1] == expected(1, 60)
+
+
+@pytest.mark.parametrize("stage", [{"tensor_parallel": 2}], indirect=True)
+async def test_two_ranks_keep_the_same_book(stage):
+    stage.start_worker(0)
+    stage.start_worker(1)
+    stage.start_scheduler()
+    for request in range(1, 9):
+        stage.submit(request, [request] * 5, 20)
+    await stage.tokenizer.all_ended(range(1, 9))
+    assert stage.actor("worker-0")._ledger.digest == stage.actor("worker-1")._ledger.digest
+    assert not any(isinstance(m, Restart) for m in stage.supervisor.messages)
+
+
+async def test_a_worker_whose_ledger_differs_is_found_out_at_that_step(stage):
+    def flip(worker):
+        step = worker._step
+
+        def spoiled(plan):
+            if plan.step == 6:
+                worker._ledger._events.append(1)
+            step(plan)
+
+        worker._step = spoiled
+
+    stage.start_worker(spoil=flip)
+    stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 60)
+    await stage.supervisor.until(lambda messages: any(isinstance(m, Restart) for m in messages))
+    restart = next(m for m in stage.supervisor.messages if isinstance(m, Restart))
+    assert restart.names == ("worker-0",)
+    assert "in step 6" in restart.why
+    assert len(stage.tokenizer.tokens[1]) == 6
+    stage.kill("worker-0")
+    stage.start_worker()
+    await stage.tokenizer.all_ended([1])
+    assert stage.tokenizer.tokens[1] == expected(1, 60)
+
+
+@pytest.mark.parametrize("stage", [{"max_waiting": 3, "max_running": 1}], indirect=True)
+async def test_a_full_queue_refuses_with_a_time_to_wait(stage):
+    stage.start_scheduler()
+    for request in range(1, 6):
+        stage.submit(request, [1, 2], 2)
+    await stage.tokenizer.until(lambda _: len(stage.tokenizer.refused) == 2)
+    refusal = stage.tokenizer.refused[5]
+    assert refusal.status == 429
+    assert refusal.retry_after >= 1
+    stage.start_worker()
+    await stage.tokenizer.all_ended([1, 2, 3])
+
+
+async def test_a_request_that_can_never_fit_is_refused_with_both_numbers(stage):
+    stage.start_worker(pages=8)
+    stage.start_scheduler()
+    stage.submit(1, [1] * 30, 10)
+    await stage.tokenizer.until(lambda _: 1 in stage.tokenizer.refused)
+    assert stage.tokenizer.refused[1].status == 400
+    assert "40 tokens" in stage.tokenizer.refused[1].message
+    assert "holds 32" in stage.tokenizer.refused[1].message
+
+
+async def test_draining_finishes_what_runs_and_refuses_what_is_new(stage):
+    stage.start_worker()
+    stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 50)
+    await stage.tokenizer.until(lambda _: 1 in stage.tokenizer.tokens)
+    stage.send("scheduler", Drain())
+    stage.submit(2, [1, 2, 3], 50)
+    await stage.tokenizer.all_ended([1, 2])
+    assert stage.tokenizer.refused[2].status == 503
+    assert len(stage.tokenizer.tokens[1]) == 50
+    await stage.supervisor.until(lambda messages: any(isinstance(m, Drained) for m in messages))
+
+
+async def test_a_lower_priority_number_goes_first(stage):
+    stage.start_scheduler()
+    for request in range(1, 5):
+        stage.submit(request, [request], 1, priority=-request)
+    stage.start_worker(pages=1)
+    await stage.tokenizer.all_ended(range(1, 5))
+    assert list(stage.tokenizer.ends) == [4, 3, 2, 1]
+
+
+async def test_more_requests_than_pages_are_all_served_by_preemption(stage):
+    stage.start_worker(pages=12)
+    stage.start_scheduler()
+    for request in range(1, 13):
+        stage.submit(request, [request] * 5, 30)
+    await stage.tokenizer.all_ended(range(1, 13))
+    assert stage.tokenizer.tokens == {request: expected(request, 30) for request in range(1, 13)}
+    assert sum(end.preemptions for end in stage.tokenizer.ends.values()) > 0

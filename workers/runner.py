@@ -1,0 +1,187 @@
+"""The runner with a model: weights, KV pages and kernels of one rank, and what a step makes of them.
+
+    rows ─▶ Batch ─▶ Decoder.forward ─▶ hidden ─┬─▶ rows that emit ──────▶ logits ─▶ sample ─▶ tokens
+                                                └─▶ rows of scored prompts ─▶ logits ─▶ score ─▶ prompt logprobs
+
+Run as `python -m headrace.workers.runner`, one process a rank.
+"""
+
+import os
+import time
+
+import numpy as np
+import torch
+
+from headrace.engine.errors import UserError
+from headrace.engine.ledger.ledger import Row
+from headrace.engine.ledger.sequence import Sequence
+from headrace.engine.messages.steps import ToWorker
+from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
+from headrace.engine.process import Process, main
+from headrace.engine.sizes import parse_size
+from headrace.kernels.ops import KVPages, Ops, SamplingBatch
+from headrace.kernels.select import KernelsUnavailable, make_ops
+from headrace.workers.batch import Batch, build_batch
+from headrace.workers.loader import open_checkpoint
+from headrace.workers.model.config import DecoderConfig
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.families import describe
+from headrace.workers.worker import Outcome, Worker, rank_of
+
+MOST_KV_BYTES = 4 << 30
+"""KV pages take a quarter of the free memory, but no more than this unless the user says so."""
+
+SCORED_ROWS = 64
+"""Prompt positions whose logits are in memory at once."""
+
+
+class ModelRunner:
+    """Computes rows with a decoder. Memory for pages is claimed from the system only when they are first written."""
+
+    def __init__(self, decoder: Decoder, ops: Ops, config: DecoderConfig, pages: int, page_size: int) -> None:
+        self.pages = pages
+        self.page_size = page_size
+        self._decoder = decoder
+        self._ops = ops
+        self._device = torch.device("cpu")
+        shape = (pages, config.kv_heads, page_size, config.head_dim)
+        self._kv = [KVPages(_lazy_zeros(shape), _lazy_zeros(shape)) for _ in config.layers]
+
+    @torch.inference_mode()
+    def step(self, rows: list[Row]) -> Outcome:
+        """See `Runner.step`."""
+        begun = time.perf_counter_ns()
+        batch = build_batch(rows, self.page_size, self._device)
+        prepared = time.perf_counter_ns()
+        hidden = self._decoder.forward(batch.ids, batch.extents, self._kv)
+        emitting = [row for row in rows if row.emits]
+        logits = None
+        if emitting:
+            last = [start + row.length - 1 for start, row in zip(batch.starts, rows, strict=True) if row.emits]
+            logits = self._decoder.logits(self._ops.rows(hidden, torch.tensor(last, dtype=torch.int32)))
+        forwarded = time.perf_counter_ns()
+        outcome = Outcome([])
+        if logits is not None:
+            self._sample(logits, [row.sequence for row in emitting], outcome)
+        for start, row in zip(batch.starts, rows, strict=True):
+            if row.sequence.sampling.prompt_logprobs is not None:
+                self._score_prompt(hidden, start, row, outcome)
+        outcome.prepare_ns = prepared - begun
+        outcome.forward_ns = forwarded - prepared
+        outcome.sample_ns = time.perf_counter_ns() - forwarded
+        return outcome
+
+    def warm_up(self, vocab_size: int) -> None:
+        """Run a few tokens through page 0, so that the first request does not pay for what is set up on first use."""
+        for length in (1, 8):
+            positions = torch.arange(length, dtype=torch.int32)
+            from headrace.kernels.ops import Extents
+
+            extents = Extents(
+                positions,
+                positions,
+                torch.tensor([0, length], dtype=torch.int32),
+                torch.tensor([length], dtype=torch.int32),
+                torch.zeros((1, 1), dtype=torch.int32),
+            )
+            ids = torch.full((length,), min(1, vocab_size - 1), dtype=torch.int32)
+            with torch.inference_mode():
+                self._decoder.logits(self._decoder.forward(ids, extents, self._kv)[:1])
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence], outcome: Outcome) -> None:
+        """Choose a token for each row of logits."""
+        sampled = self._ops.sample(logits, sampling_batch(sequences))
+        outcome.tokens = sampled.tokens
+        for sequence, scores in zip(sequences, sampled.logprobs, strict=True):
+            if scores is not None:
+                logprob, top, top_logprobs = scores
+                outcome.logprobs.append(TokenLogprobs(sequence.request, sequence.emitted, logprob, tuple(top), tuple(top_logprobs)))
+
+    def _score_prompt(self, hidden: torch.Tensor, at: int, row: Row, outcome: Outcome) -> None:
+        """Score the prompt tokens that the positions of `row` predict."""
+        sequence = row.sequence
+        stop = min(row.start + row.length, sequence.prompt - 1)
+        for first in range(row.start, stop, SCORED_ROWS):
+            count = min(SCORED_ROWS, stop - first)
+            offset = at + first - row.start
+            index = torch.arange(offset, offset + count, dtype=torch.int32)
+            logits = self._decoder.logits(self._ops.rows(hidden, index))
+            following = sequence.tokens[first + 1 : first + 1 + count]
+            scores = self._ops.score(logits, following, sequence.sampling.prompt_logprobs or 0)
+            outcome.prompt_logprobs.append(
+                PromptLogprobs(
+                    sequence.request,
+                    first + 1,
+                    [logprob for logprob, _, _ in scores],
+                    [tuple(top) for _, top, _ in scores],
+                    [tuple(values) for _, _, values in scores],
+                )
+            )
+
+
+def sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
+    """The sampling parameters of `sequences`, as columns."""
+    parameters = [sequence.sampling for sequence in sequences]
+    return SamplingBatch(
+        temperature=[one.temperature for one in parameters],
+        top_k=[one.top_k for one in parameters],
+        top_p=[one.top_p for one in parameters],
+        min_p=[one.min_p for one in parameters],
+        repetition_penalty=[one.repetition_penalty for one in parameters],
+        presence_penalty=[one.presence_penalty for one in parameters],
+        frequency_penalty=[one.frequency_penalty for one in parameters],
+        seed=[sequence.seed for sequence in sequences],
+        position=[sequence.emitted for sequence in sequences],
+        logit_bias=[one.logit_bias for one in parameters],
+        banned=[tuple(sequence.end_tokens) if sequence.emitted < sequence.sampling.min_tokens else () for sequence in sequences],
+        prompt=[sequence.tokens[: sequence.prompt] if sequence.sampling.repetition_penalty != 1 else () for sequence in sequences],
+        output=[sequence.tokens[sequence.prompt :] if _penalizes(sequence) else () for sequence in sequences],
+        logprobs=[one.logprobs for one in parameters],
+    )
+
+
+def _penalizes(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+
+def _lazy_zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """float32 zeros whose memory the system hands out when it is first touched."""
+    return torch.from_numpy(np.zeros(shape, np.float32))
+
+
+def page_count(config: DecoderConfig, context: int, page_size: int, kv_memory: str | None) -> int:
+    """How many KV pages to have. `UserError` when not even one page fits."""
+    page_bytes = 2 * 4 * len(config.layers) * config.kv_heads * config.head_dim * page_size
+    if kv_memory is None:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        wanted = min(free // 4, MOST_KV_BYTES)
+    else:
+        wanted = parse_size(kv_memory)
+    pages = wanted // page_bytes
+    if pages < 1:
+        raise UserError(f"--kv-memory {kv_memory or wanted} holds no page of {page_bytes} bytes: give more, or a smaller --page-size")
+    return pages
+
+
+async def build(process: Process) -> Worker:
+    """Load the model and warm it up."""
+    config = process.config
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        ops = make_ops(config.kernels, torch.device("cpu"), config.threads)
+    except KernelsUnavailable as error:
+        raise UserError(str(error)) from None
+    checkpoint = open_checkpoint(process.model)
+    described, names = describe(process.model, checkpoint)
+    decoder = Decoder(described, names, checkpoint, ops, process.model.context)
+    pages = page_count(described, process.model.context, config.page_size, config.kv_memory)
+    runner = ModelRunner(decoder, ops, described, pages, config.page_size)
+    runner.warm_up(described.vocab_size)
+    process.detail = f"{ops.name} kernels, {pages} pages of {config.page_size} tokens"
+    return Worker(process, rank_of(process.name), runner)
+
+
+if __name__ == "__main__":
+    main(ToWorker, build)
