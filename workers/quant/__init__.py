@@ -1,0 +1,1 @@
+"""Stored quantization formats, each read exactly into the canonical weights of `headrace.kernels.weights`."""
