@@ -1,0 +1,72 @@
+"""Weights out of a GGUF file: floats as views of the mapped file, blocks unpacked into `GroupedInt` when asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from headrace.engine.checkpoint.gguf import GGUFFile, TensorInfo
+from headrace.engine.errors import UserError
+from headrace.kernels.weights import Dense, Weight
+from headrace.workers.quant import ggml
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GGUFCheckpoint:
+    """See `headrace.workers.loader.checkpoint.Checkpoint`. `metadata` is the GGUF metadata; its arrays are decoded at first use."""
+
+    format = "gguf"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = GGUFFile(path)
+        self.metadata: dict[str, Any] = self._file.metadata
+
+    def names(self) -> list[str]:
+        return list(self._file.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._info(name).shape
+
+    def weight(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Weight:
+        info = self._info(name)
+        if len(info.shape) != 2:
+            raise UserError(f"{self.path}: tensor {name!r} has the shape {list(info.shape)} where a matrix is expected")
+        data = self._file.tensor_bytes(name)
+        if dtype := FLOATS.get(info.type):
+            values = torch.frombuffer(data, dtype=dtype).view(info.shape)
+            return Dense(values[rows or slice(None), columns or slice(None)])
+        self._check_type(info)
+        packed = np.frombuffer(data, np.uint8).reshape(info.shape[0], -1)
+        try:
+            return ggml.unpack(info.type, packed[rows or slice(None)], columns)
+        except ValueError as error:
+            raise UserError(f"{self.path}: tensor {name!r} cannot be cut there: {error}") from None
+
+    def vector(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        info = self._info(name)
+        if len(info.shape) != 1:
+            raise UserError(f"{self.path}: tensor {name!r} has the shape {list(info.shape)} where a vector is expected")
+        data = self._file.tensor_bytes(name)
+        if dtype := FLOATS.get(info.type):
+            values = torch.frombuffer(data, dtype=dtype).float()
+        else:
+            self._check_type(info)
+            values = ggml.unpack(info.type, np.frombuffer(data, np.uint8).reshape(1, -1)).dequantize().view(-1)
+        return values[rows or slice(None)]
+
+    def _info(self, name: str) -> TensorInfo:
+        if (info := self._file.tensors.get(name)) is None:
+            raise UserError(f"{self.path} has no tensor {name!r}: the file does not fit its architecture")
+        return info
+
+    def _check_type(self, info: TensorInfo) -> None:
+        if info.type not in ggml.FORMATS:
+            raise UserError(
+                f"{self.path}: tensor {info.name!r} has the type {info.type}: {', '.join([*FLOATS, *ggml.FORMATS])} can be read"
+            )

@@ -1,0 +1,69 @@
+"""Weights out of a Hugging Face directory: each tensor a view of its mapped safetensors file, no bytes copied."""
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.engine.checkpoint.hf import StoredTensor, read_config, read_tensors
+from headrace.engine.errors import UserError
+from headrace.kernels.weights import Dense, Weight
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class SafetensorsCheckpoint:
+    """See `headrace.workers.loader.checkpoint.Checkpoint`. `metadata` is config.json (of a multimodal model, its text part)."""
+
+    format = "huggingface"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, Any] = read_config(self.path)
+        self._tensors = read_tensors(self.path)
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored(name).shape
+
+    def weight(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Weight:
+        values = self._view(name)
+        if values.dim() != 2:
+            raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a matrix is expected")
+        return Dense(values[rows or slice(None), columns or slice(None)])
+
+    def vector(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        values = self._view(name)
+        if values.dim() != 1:
+            raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a vector is expected")
+        return values[rows or slice(None)].float()
+
+    def _stored(self, name: str) -> StoredTensor:
+        if (stored := self._tensors.get(name)) is None:
+            raise UserError(f"{self.path} has no tensor {name!r}: the files do not fit the architecture in config.json")
+        return stored
+
+    def _view(self, name: str) -> torch.Tensor:
+        stored = self._stored(name)
+        dtype = FLOATS.get(stored.dtype)
+        if dtype is None:
+            raise UserError(f"{stored.file}: tensor {name!r} has the type {stored.dtype}: {', '.join(FLOATS)} can be read")
+        data = memoryview(self._mapped(stored.file))[stored.offset : stored.offset + stored.nbytes]
+        if stored.offset % dtype.itemsize:
+            data = bytearray(data)  # The format asks for no alignment, kernels do.
+        return torch.frombuffer(data, dtype=dtype).view(stored.shape)
+
+    def _mapped(self, file: Path) -> mmap.mmap:
+        """One mapping a file, private and never written to (see `headrace.engine.checkpoint.gguf`)."""
+        if file not in self._maps:
+            with file.open("rb") as opened:
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return self._maps[file]
