@@ -103,20 +103,25 @@ class _Probing:
         self.progress: Progress | None = None
 
 
-class Supervisor:
-    """The engine's processes. `on_ready` is called once, with the server's address, when the engine first takes requests."""
+def engine_children(config: Config, worker_module: str) -> list[ChildSpec]:
+    """The processes of one engine. The workers come first, as they take longest to be ready."""
+    children = [ChildSpec(name, worker_module, "workers") for name in worker_names(config)]
+    children += [ChildSpec(name, "headrace.tokenizer_proc.tokenizer", name) for name in tokenizer_names(config)]
+    children += [ChildSpec(name, "headrace.server.server", name) for name in server_names(config)]
+    return [*children, ChildSpec(SCHEDULER, "headrace.engine.scheduler.scheduler", SCHEDULER)]
 
-    def __init__(self, config: Config, model: ModelFiles, worker_module: str, on_ready: Callable[[str], None]) -> None:
+
+class Supervisor:
+    """Owns the processes of `children`. `on_ready` is called once, with the server's address, when the engine first takes requests."""
+
+    def __init__(self, config: Config, model: ModelFiles, children: list[ChildSpec], on_ready: Callable[[str], None]) -> None:
         self._config = config
         self._run_dir = Path(tempfile.mkdtemp(prefix="headrace-", dir=os.environ.get("XDG_RUNTIME_DIR")))
         self._context = zmq.Context()
         self._post = Post(self._context, self._run_dir)
         self._on_ready = on_ready
-        specs = [ChildSpec(name, worker_module, "workers") for name in worker_names(config)]
-        specs += [ChildSpec(name, "headrace.tokenizer_proc.tokenizer", name) for name in tokenizer_names(config)]
-        specs += [ChildSpec(name, "headrace.server.server", name) for name in server_names(config)]
-        specs.append(ChildSpec(SCHEDULER, "headrace.engine.scheduler.scheduler", SCHEDULER))
-        self._children = {spec.name: Child(spec) for spec in specs}
+        self._children = {spec.name: Child(spec) for spec in children}
+        self._servers = set(server_names(config))
         self._deaths: deque[float] = deque()
         self._probing: dict[int, _Probing] = {}
         self._calls = 0
@@ -193,8 +198,8 @@ class Supervisor:
             first = self._state == "starting"
             self._turn("ready")
             if first:
-                self._on_ready(self._children[server_names(self._config)[0]].detail)
-        elif message.child in server_names(self._config):
+                self._on_ready(next((child.detail for child in self._children.values() if child.spec.name in self._servers), ""))
+        elif message.child in self._servers:
             self._post.send(message.child, EngineState(self._state))
 
     def _died(self, child: Child) -> None:
@@ -218,24 +223,27 @@ class Supervisor:
                 self._post.send(other.spec.name, PeerDied(name))
         if child.doomed:
             child.doomed = False
+            self._start(child)
         elif status == EXIT_FATAL:
             # What it said is on its way.
             loop.call_later(FATAL_GRACE, self._end, 1)
-            return
         elif self._state == "starting":
             self._fail(f"{name} ended {how} before it was ready; its own messages stand above")
-            return
         elif self._too_many_deaths():
             self._fail(f"{len(self._deaths)} deaths of processes within {RESTART_WINDOW:.0f} s (the last: {name}, {how}): giving up")
-            return
-        log.warning("%s ended %s: starting it again", name, how)
-        if self._state == "ready":
-            self._turn("recovering")
+        else:
+            log.warning("%s ended %s: starting it again", name, how)
+            if self._state == "ready":
+                self._turn("recovering")
+            self._doom_group(child)
+            self._start(child)
+
+    def _doom_group(self, child: Child) -> None:
+        """Kill the others of a dead child's group; their own deaths start them again."""
         for other in self._children.values():
             if other is not child and other.spec.group == child.spec.group and other.process and not other.doomed:
                 other.doomed = True
                 other.process.kill()
-        self._start(child)
 
     def _too_many_deaths(self) -> bool:
         """Count one more death."""
@@ -251,7 +259,7 @@ class Supervisor:
 
     def _turn(self, state: str) -> None:
         self._state = state
-        for name in server_names(self._config):
+        for name in self._servers:
             self._post.send(name, EngineState(state))
 
     def _drain(self) -> None:
@@ -260,7 +268,7 @@ class Supervisor:
             self._end(0)
             return
         self._turn("draining")
-        self._undrained = {SCHEDULER, *server_names(self._config)}
+        self._undrained = {SCHEDULER, *self._servers}
         for name in self._undrained:
             self._post.send(name, Drain())
         asyncio.get_running_loop().call_later(self._config.drain_timeout, self._end, 0)
@@ -333,6 +341,6 @@ def run(config: Config, model: ModelFiles, worker_module: str = "headrace.worker
         print(f"headrace: {model.name} is ready on {address} after {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
 
     async def live() -> int:
-        return await Supervisor(config, model, worker_module, announce).run()
+        return await Supervisor(config, model, engine_children(config, worker_module), announce).run()
 
     return uvloop.run(live())

@@ -1,0 +1,59 @@
+"""A child process for the supervisor's tests: `python -m tests.engine.child`. Its name says how it behaves."""
+
+import os
+import signal
+import sys
+
+from headrace.engine.errors import UserError
+from headrace.engine.messages.lifecycle import Drain, Drained, EngineState, GetStatus, PeerDied, Status
+from headrace.engine.messages.wire import Message
+from headrace.engine.names import SUPERVISOR
+from headrace.engine.process import Process, main
+
+
+def say(*words: object) -> None:
+    # One write a line: several processes share the stream.
+    os.write(2, (" ".join(map(str, words)) + "\n").encode())
+
+
+class Plain:
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def receive(self, message: Message) -> None:
+        name = self._process.name
+        match message:
+            case Drain():
+                self._process.send(SUPERVISOR, Drained(name))
+            case PeerDied():
+                say(name, "heard that", message.name, "died")
+            case EngineState():
+                say(name, "state", message.state)
+                if message.state == "ready":
+                    self._process.send(SUPERVISOR, GetStatus(1, name))
+            case Status():
+                say(name, "status", message.state, *(f"{child.name}={child.state}/{child.restarts}" for child in message.children))
+
+    def settle(self) -> None:
+        pass
+
+
+async def build(process: Process) -> Plain:
+    say(process.name, "pid", os.getpid())
+    if process.name == "fatal":
+        raise UserError("the thing 42 is wrong: make it 43")
+    if process.name == "crashing":
+        os._exit(7)
+    if process.name.startswith("once-"):
+        # Dies soon after each time it became ready.
+        import asyncio
+
+        asyncio.get_running_loop().call_later(0.05, os._exit, 9)
+    process.detail = "http://here"
+    return Plain(process)
+
+
+if __name__ == "__main__":
+    if sys.argv[2] == "stubborn":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    main(EngineState | Status, build)
