@@ -104,6 +104,5 @@ class Parser:
         elif name == b"id":
             if b"\0" not in value:
                 self._id = value.decode("utf-8", "replace")
-        elif name == b"retry":
-            if value.isdigit():
-                self.retry_ms = int(value)
+        elif name == b"retry" and value.isdigit():
+            self.retry_ms = int(value)

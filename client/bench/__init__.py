@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headrace.client.bench.compare import compare, table as comparison_table
+from headrace.client.bench.compare import compare
+from headrace.client.bench.compare import table as comparison_table
 from headrace.client.bench.corpus import load_words
 from headrace.client.bench.load import measure
 from headrace.client.bench.options import Options, add_arguments, from_arguments

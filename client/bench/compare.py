@@ -1,6 +1,8 @@
-"""Two servers measured in turn, A B A B …, since a machine's speed moves more from hour to hour than most differences one looks for.
+"""Two servers measured in turn, A B A B …, since a machine's speed moves more from hour to hour than most
+differences one looks for.
 
-Both see the same prompts in the same round, and new ones in the next. Each round gives a ratio of its own; the median of those is the answer.
+Both see the same prompts in the same round, and new ones in the next. Each round gives a ratio of its own;
+the median of those is the answer.
 """
 
 from collections.abc import Callable
@@ -89,9 +91,7 @@ def table(comparison: Comparison) -> str:
     ]
     for row in comparison.ratios:
         better = "" if 0.99 < row.ratio < 1.01 else "A better" if (row.ratio > 1) == row.higher_is_better else "B better"
-        lines.append(
-            f"{row.metric:14}{row.a:12.2f}{row.b:12.2f}{row.ratio:8.2f}   {row.least:.2f}-{row.most:.2f}  {better}".rstrip()
-        )
+        lines.append(f"{row.metric:14}{row.a:12.2f}{row.b:12.2f}{row.ratio:8.2f}   {row.least:.2f}-{row.most:.2f}  {better}".rstrip())
     reports = [report for one in comparison.rounds for report in (one.a, one.b)]
     failed = sum(report.requests - report.completed for report in reports)
     if failed:

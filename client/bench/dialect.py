@@ -137,7 +137,9 @@ async def _try_extensions(target: Target, dialect: Dialect, options: Options, te
         if status not in (400, 422):
             break
     if status != 200:
-        hint = {401: "give --api-key", 403: "give --api-key", 404: "give --model or another --endpoint"}.get(status, "it cannot be measured so")
+        hint = {401: "give --api-key", 403: "give --api-key", 404: "give --model or another --endpoint"}.get(
+            status, "it cannot be measured so"
+        )
         raise UserError(f"{options.url}{dialect.path} answered {status}: {error_text(reply)}; {hint}")
 
 

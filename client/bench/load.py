@@ -70,14 +70,10 @@ async def measure(options: Options, words: list[str], progress: Progress) -> Run
         pool.close()
     first = min(sample.sent for sample in load.samples)
     last = max(sample.ended for sample in load.samples)
-    return Run(
-        options, dialect, load.samples, last - first, cpu_after - cpu_before, before, after, prompts.how, prompts.repeated
-    )
+    return Run(options, dialect, load.samples, last - first, cpu_after - cpu_before, before, after, prompts.how, prompts.repeated)
 
 
-async def _warm_up(
-    pool: Pool, dialect: Dialect, options: Options, prompts: TokenPrompts | TextPrompts, progress: Progress
-) -> None:
+async def _warm_up(pool: Pool, dialect: Dialect, options: Options, prompts: TokenPrompts | TextPrompts, progress: Progress) -> None:
     waiting = [(prompts.apart(), options.output_tokens) for _ in range(options.warmup)]
     if options.warm:
         waiting.append((prompts.prefix, 1))
@@ -92,7 +88,7 @@ async def _warm_up(
 async def _open(pool: Pool, options: Options) -> None:
     try:
         await pool.open(options.concurrency or 1)
-    except (OSError, asyncio.TimeoutError) as error:
+    except (TimeoutError, OSError) as error:
         raise UserError(f"cannot open {options.concurrency} connections to {options.url}: {error}") from None
 
 

@@ -47,11 +47,14 @@ class Progress:
     def _open_bar(self) -> None:
         try:
             from rich.console import Console
-            from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
         except ImportError:
             return
         text = TextColumn("{task.fields[state]}")
-        self._bar = Bar(TextColumn(self.label + "measuring"), BarColumn(), text, TimeElapsedColumn(), console=Console(stderr=True), auto_refresh=False)
+        self._bar = Bar(
+            TextColumn(self.label + "measuring"), BarColumn(), text, TimeElapsedColumn(), console=Console(stderr=True), auto_refresh=False
+        )
         self._bar.start()
         self._bar.add_task("", total=self._total or self._duration, state="")
 

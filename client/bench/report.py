@@ -156,9 +156,7 @@ def spread(values: Iterable[float]) -> Spread | None:
         # Nearest rank: the smallest value that at least this share does not exceed.
         return ordered[max(0, -int(-share * count // 1) - 1)]
 
-    return Spread(
-        sum(ordered) / count, percentile(0.5), percentile(0.9), percentile(0.99), ordered[0], ordered[-1], count
-    )
+    return Spread(sum(ordered) / count, percentile(0.5), percentile(0.9), percentile(0.99), ordered[0], ordered[-1], count)
 
 
 def _count(completed: list[Sample]) -> tuple[Tokens, list[float]]:

@@ -212,13 +212,13 @@ class Connection(asyncio.Protocol):
         assert sample is not None
         if not self._events:
             sample.body += data
-        elif self._parser is not None or b"\r" in data:
-            # Rare: a server that ends its lines in CRLF. The full parser takes over for this response.
-            if self._parser is None:
-                self._parser = Parser()
-                data = self._open_block + data
+        elif self._parser is not None:
             for event in self._parser.feed(data):
                 self._take_event(event.data, now)
+        elif b"\r" in data:
+            # Rare: a server that ends its lines in CRLF. The full parser takes over for this response.
+            self._parser = Parser()
+            self._take_body(self._open_block + data, now)
         else:
             if self._open_block:
                 data = self._open_block + data
@@ -301,7 +301,7 @@ class Pool:
                     connection = None
             try:
                 connection = connection or await self._connect()
-            except (OSError, asyncio.TimeoutError):
+            except (TimeoutError, OSError):
                 sample.error = "connect"
                 sample.ended = perf_counter()
                 return
@@ -347,6 +347,6 @@ async def ask(target: Target, method: str, path: str, body: object = None, timeo
     payload = b"" if body is None else msgspec.json.encode(body)
     await pool.send(target.request(method, path, payload, close=True), sample)
     pool.close()
-    if sample.status == 0 or (sample.error and not sample.error.startswith("http ")):
+    if sample.status == 0 or sample.error in ("disconnected", "timeout", "protocol"):
         raise ConnectionError(f"no answer from http{'s' * target.tls}://{target.host}:{target.port}{path}: {sample.error}")
     return sample.status, bytes(sample.body)
