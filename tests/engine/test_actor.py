@@ -1,0 +1,111 @@
+"""Mailboxes, desks and visits over real sockets, and frames that nobody should have sent."""
+
+import asyncio
+
+import pytest
+import zmq
+
+from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Post, Visit, endpoint
+from headrace.engine.messages.frontend import Abort, CallFailed, Describe, Detokenized, ToFrontend, ToTokenizer
+from headrace.engine.messages.steps import Begin, Hello, ToWorker
+from headrace.engine.messages.wire import BadFrame, Codec, encode
+
+
+class Collector:
+    """An actor that keeps its messages and counts its bursts."""
+
+    def __init__(self) -> None:
+        self.messages = []
+        self.bursts = 0
+        self._changed = asyncio.Event()
+
+    def receive(self, message) -> None:
+        self.messages.append(message)
+
+    def settle(self) -> None:
+        self.bursts += 1
+        self._changed.set()
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.messages) < count:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@pytest.fixture
+def context():
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+async def test_messages_arrive_in_order_and_a_burst_settles_once(context, tmp_path):
+    mailbox, actor = Mailbox(context, endpoint(tmp_path, "a"), ToWorker), Collector()
+    outbox = Outbox(context, endpoint(tmp_path, "a"))
+    count = 3 * BURST
+    for epoch in range(count):
+        assert outbox.send(Begin(epoch, 1, 16, ()))
+    mailbox.open(actor)
+    await actor.until(count)
+    assert [message.epoch for message in actor.messages] == list(range(count))
+    assert actor.bursts < count
+
+
+async def test_what_is_sent_before_the_peer_is_there_waits_for_it(context, tmp_path):
+    outbox = Outbox(context, endpoint(tmp_path, "late"))
+    outbox.send(Hello())
+    mailbox, actor = Mailbox(context, endpoint(tmp_path, "late"), ToWorker), Collector()
+    mailbox.open(actor)
+    await actor.until(1)
+    assert actor.messages == [Hello()]
+
+
+async def test_what_was_meant_for_a_dead_peer_does_not_reach_its_successor(context, tmp_path):
+    post = Post(context, tmp_path)
+    post.send("w", Begin(1, 1, 16, ()))
+    post.forget("w")
+    mailbox, actor = Mailbox(context, endpoint(tmp_path, "w"), ToWorker), Collector()
+    mailbox.open(actor)
+    post.send("w", Begin(2, 1, 16, ()))
+    await actor.until(1)
+    assert [message.epoch for message in actor.messages] == [2]
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [b"", b"\xc1", b"\x93\xa5Begin", encode(Abort((1,))), encode(Begin(1, 1, 1, ()))[:-1], b"\x91" * 5000, b"\xa5Hello", b"\x91\xa5Hallo"],
+    ids=["empty", "reserved byte", "cut", "of another union", "one byte short", "deep", "no array", "unknown tag"],
+)
+async def test_a_hostile_frame_is_counted_and_the_next_message_still_arrives(context, tmp_path, frame):
+    mailbox, actor = Mailbox(context, endpoint(tmp_path, "a"), ToWorker), Collector()
+    mailbox.open(actor)
+    stranger = context.socket(zmq.PUSH)
+    stranger.connect(endpoint(tmp_path, "a"))
+    stranger.send(frame)
+    stranger.send(encode(Hello()))
+    await actor.until(1)
+    assert actor.messages == [Hello()]
+    assert mailbox.bad_frames == 1
+
+
+def test_a_number_where_text_should_be_is_a_bad_frame():
+    with pytest.raises(BadFrame):
+        Codec(ToFrontend).decode(encode(Detokenized(1, 7)))  # type: ignore[arg-type]
+
+
+async def test_a_desk_answers_each_visit_and_knows_when_one_is_gone(context, tmp_path):
+    desk = Desk(context, endpoint(tmp_path, "d"), ToTokenizer)
+    seen = []
+    desk.open(lambda identity, message: seen.append((identity, desk.send(identity, CallFailed(message.call, 400, "", "")))), lambda: None)
+    visits = {}
+    for name in (b"one", b"two"):
+        collector = visits[name] = Collector()
+        visit = Visit(context, endpoint(tmp_path, "d"), name, ToFrontend)
+        visit.open(collector.receive, collector.settle)
+        visit.send(Describe(len(visits)))
+    for index, collector in enumerate(visits.values(), 1):
+        await collector.until(1)
+        assert collector.messages[0].call == index
+    assert sorted(seen) == [(b"one", True), (b"two", True)]
+    assert desk.send(b"nobody", CallFailed(1, 400, "", "")) is False
