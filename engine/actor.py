@@ -161,7 +161,7 @@ class Post:
         return outbox.send(message)
 
     def forget(self, to: str) -> None:
-        """Drop what waits for `to`: it died, and what was meant for it must not reach its successor."""
+        """Drop what waits for `to`, which died. A message may still slip through to its successor, who knows it by its epoch or id."""
         if outbox := self._outboxes.pop(to, None):
             outbox.close()
 

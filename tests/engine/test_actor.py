@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import zmq
 
-from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Post, Visit, endpoint
+from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Visit, endpoint
 from headrace.engine.messages.frontend import Abort, CallFailed, Describe, Detokenized, ToFrontend, ToTokenizer
 from headrace.engine.messages.steps import Begin, Hello, ToWorker
 from headrace.engine.messages.wire import BadFrame, Codec, encode
@@ -59,17 +59,6 @@ async def test_what_is_sent_before_the_peer_is_there_waits_for_it(context, tmp_p
     mailbox.open(actor)
     await actor.until(1)
     assert actor.messages == [Hello()]
-
-
-async def test_what_was_meant_for_a_dead_peer_does_not_reach_its_successor(context, tmp_path):
-    post = Post(context, tmp_path)
-    post.send("w", Begin(1, 1, 16, ()))
-    post.forget("w")
-    mailbox, actor = Mailbox(context, endpoint(tmp_path, "w"), ToWorker), Collector()
-    mailbox.open(actor)
-    post.send("w", Begin(2, 1, 16, ()))
-    await actor.until(1)
-    assert [message.epoch for message in actor.messages] == [2]
 
 
 @pytest.mark.parametrize(
