@@ -31,12 +31,8 @@ class Row:
     sequence: Sequence
     start: int
     length: int
-
-    @property
-    def emits(self) -> bool:
-        """Whether a token is sampled at the end of the row."""
-        sequence = self.sequence
-        return self.start + self.length == len(sequence.tokens) and sequence.max_tokens > 0
+    emits: bool
+    """Whether a token is sampled at the end of the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +109,10 @@ class Ledger:
         position = 0
         for row in rows:
             sequence = row.sequence
-            emits = row.emits
             sequence.computed += row.length
-            self._publish(sequence)
-            if emits:
+            if sequence.computed // self.page_size > len(sequence.nodes):
+                self._publish(sequence)
+            if row.emits:
                 request, count = next(emitting, (None, 0))
                 if request != sequence.request:
                     raise LedgerError(f"result {result.step} has tokens of {request}, those of {sequence.request} were due")
@@ -204,14 +200,16 @@ class Ledger:
     def _grow(self, sequence: Sequence, length: int) -> Row:
         """Make room for `length` more tokens."""
         start = sequence.computed
-        if not 0 < length <= sequence.remaining:
+        if not 0 < length <= len(sequence.tokens) - start:
             raise LedgerError(f"{length} tokens to compute of request {sequence.request:x}, which has {sequence.remaining}")
-        for _ in range(self.pages_for(start + length) - len(sequence.pages)):
+        end = start + length
+        pages = sequence.pages
+        while len(pages) * self.page_size < end:
             page = self._take()
-            sequence.pages.append(page)
+            pages.append(page)
             self._events.append(page)
         sequence.last_run = self.step
-        return Row(sequence, start, length)
+        return Row(sequence, start, length, end == len(sequence.tokens) and sequence.max_tokens > 0)
 
     def _take(self) -> int:
         if len(self.pool):

@@ -45,8 +45,10 @@ def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], l
     decision = Decision()
     left = list(running)
     """Running sequences that are not preempted."""
-    decodes = [sequence for sequence in running if sequence.remaining == 1]
-    prefills = [sequence for sequence in running if sequence.remaining > 1]
+    decodes: list[Sequence] = []
+    prefills: list[Sequence] = []
+    for sequence in running:
+        (decodes if len(sequence.tokens) - sequence.computed == 1 else prefills).append(sequence)
     available = ledger.available
     budget = limits.max_step_tokens
 
@@ -73,10 +75,10 @@ def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], l
     for sequence in decodes:
         if sequence.request in preempted:
             continue
-        pages = ledger.pages_for(sequence.computed + 1) - len(sequence.pages)
-        if pages > available and not make_room(sequence, pages):
-            continue
-        available -= pages
+        if sequence.computed == len(sequence.pages) * ledger.page_size:
+            if available < 1 and not make_room(sequence, 1):
+                continue
+            available -= 1
         budget -= 1
         decision.run.append((sequence, 1))
 
