@@ -90,8 +90,7 @@ def _not_found(model: str, path: Path) -> str:
 def _from_gguf(path: Path, name: str | None, config: Config) -> ModelFiles:
     file = GGUFFile(path)
     metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    _check_architecture(path, architecture, GGUF_ARCHITECTURES)
+    architecture = _check_architecture(path, metadata.get("general.architecture"), GGUF_ARCHITECTURES)
     if _integer(metadata, "split.count", path, 1) > 1:
         raise UserError(f"{path} is one of {metadata['split.count']} parts of a split model: join them first (llama-gguf-split --merge)")
     if _integer(metadata, f"{architecture}.expert_count", path, 0) > 0:
@@ -142,7 +141,7 @@ def _from_directory(directory: Path, name: str, config: Config) -> ModelFiles:
     )
 
 
-def _check_config(directory: Path, settings: Mapping[str, Any]) -> None:
+def _check_config(directory: Path, settings: dict[str, Any]) -> None:
     path = directory / "config.json"
     _check_architecture(path, hf.architecture(settings), HF_ARCHITECTURES)
     if (quantization := settings.get("quantization_config")) is not None:
@@ -152,10 +151,10 @@ def _check_config(directory: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _check_architecture(path: Path, architecture: object, supported: tuple[str, ...]) -> None:
+def _check_architecture(path: Path, architecture: object, supported: tuple[str, ...]) -> str:
     """Refuse what no family file can build."""
-    if architecture in supported:
-        return
+    if isinstance(architecture, str) and architecture in supported:
+        return architecture
     named = f"the architecture {str(architecture)[:60]!r}, which is not supported" if architecture else "no architecture"
     raise UserError(f"{path} names {named}: supported are {', '.join(supported)}")
 

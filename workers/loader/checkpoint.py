@@ -7,6 +7,7 @@ Names and metadata are the format's own; a family file in `workers/model/` knows
 asked for: a rank that asks for its share touches only the pages of its share.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ class Checkpoint(Protocol):
 
     format: str
     """"gguf" or "huggingface"."""
-    metadata: dict[str, Any]
+    metadata: Mapping[str, Any]
     """config.json, or the metadata of a GGUF file."""
 
     def names(self) -> list[str]:

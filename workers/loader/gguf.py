@@ -1,5 +1,6 @@
 """Weights out of a GGUF file: floats as views of the mapped file, blocks unpacked into `GroupedInt` when asked for."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class GGUFCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = GGUFFile(path)
-        self.metadata: dict[str, Any] = self._file.metadata
+        self.metadata: Mapping[str, Any] = self._file.metadata
 
     def names(self) -> list[str]:
         return list(self._file.tensors)

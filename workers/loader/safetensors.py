@@ -1,6 +1,7 @@
 """Weights out of a Hugging Face directory: each tensor a view of its mapped safetensors file, no bytes copied."""
 
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.metadata: dict[str, Any] = read_config(self.path)
+        self.metadata: Mapping[str, Any] = read_config(self.path)
         self._tensors = read_tensors(self.path)
         self._maps: dict[Path, mmap.mmap] = {}
 

@@ -36,8 +36,8 @@ class BlockFormat:
     """Inputs that share a scale."""
     bits: int
     has_minimums: bool
-    unpack: Callable[[Array, Array, Array, Array | None], None]
-    """(blocks uint8 [n, nbytes], codes uint8 [n, block], scales f32 [n, groups], minimums f32 [n, groups] or None): fill the outputs."""
+    unpack: Callable[[Array, Array, Array, Array], None]
+    """(blocks uint8 [n, nbytes], codes uint8 [n, block], scales f32 [n, groups], minimums f32 [n, groups], or none): fill the outputs."""
 
 
 def unpack(type_name: str, packed: Array, columns: slice | None = None) -> GroupedInt:
@@ -56,7 +56,7 @@ def unpack(type_name: str, packed: Array, columns: slice | None = None) -> Group
     rows, blocks, groups = packed.shape[0], last - first, form.block // form.group
     codes = np.empty((rows, blocks * form.block), np.uint8)
     scales = np.empty((rows, blocks * groups), np.float32)
-    minimums = np.empty_like(scales) if form.has_minimums else None
+    minimums = np.empty((rows if form.has_minimums else 0, blocks * groups), np.float32)
     step = max(1, PIECE_BYTES // max(1, packed.shape[1]))
     for top in range(0, rows, step):
         piece = slice(top, min(rows, top + step))
@@ -64,14 +64,14 @@ def unpack(type_name: str, packed: Array, columns: slice | None = None) -> Group
             np.ascontiguousarray(packed[piece]).reshape(-1, form.nbytes),
             codes[piece].reshape(-1, form.block),
             scales[piece].reshape(-1, groups),
-            None if minimums is None else minimums[piece].reshape(-1, groups),
+            minimums[piece].reshape(-1, groups),
         )
     cut = slice(start - first * form.block, stop - first * form.block)
     group_cut = slice(cut.start // form.group, cut.stop // form.group)
     return GroupedInt(
         codes=_trimmed(codes.view(np.int8), cut),
         scales=_trimmed(scales, group_cut),
-        minimums=None if minimums is None else _trimmed(minimums, group_cut),
+        minimums=_trimmed(minimums, group_cut) if form.has_minimums else None,
         group=form.group,
         bits=form.bits,
     )
@@ -121,27 +121,27 @@ def _fifth_bits(blocks: Array, offset: int) -> Array:
     return bits
 
 
-def _q4_0(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q4_0(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     scales[:, 0] = _half(blocks, 0)
     _nibbles(blocks, 2, codes, shift=8)
 
 
-def _q4_1(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q4_1(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     scales[:, 0], minimums[:, 0] = _half(blocks, 0), _half(blocks, 2)
     _nibbles(blocks, 4, codes)
 
 
-def _q5_0(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q5_0(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     scales[:, 0] = _half(blocks, 0)
     _nibbles(blocks, 6, codes, _fifth_bits(blocks, 2), shift=16)
 
 
-def _q5_1(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q5_1(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     scales[:, 0], minimums[:, 0] = _half(blocks, 0), _half(blocks, 2)
     _nibbles(blocks, 8, codes, _fifth_bits(blocks, 4))
 
 
-def _q8_0(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q8_0(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     scales[:, 0] = _half(blocks, 0)
     _spread(_field(blocks, 2, 32), codes, 0)
 
@@ -162,7 +162,7 @@ def _k_scales(blocks: Array, scales: Array, minimums: Array) -> None:
     np.negative(minimums, out=minimums)
 
 
-def _q4_k(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q4_k(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     _k_scales(blocks, scales, minimums)
     for part in range(4):
         packed = _field(blocks, 16 + 32 * part, 32)
@@ -170,7 +170,7 @@ def _q4_k(blocks: Array, codes: Array, scales: Array, minimums: Array | None) ->
         _spread(packed >> 4, codes, 64 * part + 32)
 
 
-def _q5_k(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q5_k(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     _k_scales(blocks, scales, minimums)
     high = _field(blocks, 16, 32)
     for part in range(4):
@@ -179,7 +179,7 @@ def _q5_k(blocks: Array, codes: Array, scales: Array, minimums: Array | None) ->
         _spread(packed >> 4 | (high >> 2 * part + 1 & 1) << 4, codes, 64 * part + 32)
 
 
-def _q6_k(blocks: Array, codes: Array, scales: Array, minimums: Array | None) -> None:
+def _q6_k(blocks: Array, codes: Array, scales: Array, minimums: Array) -> None:
     """Two halves of 128 inputs; in each, 64 bytes of low nibbles and 32 bytes that hold two upper bits of four inputs."""
     np.multiply(_half(blocks, 208)[:, None], _field(blocks, 192, 16).view(np.int8), out=scales)
     for half in range(2):
