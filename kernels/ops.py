@@ -130,9 +130,7 @@ class Ops(Protocol):
         """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv:1910.07467). x [T, H], weight float32 [H]."""
         ...
 
-    def add_rmsnorm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rmsnorm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(rmsnorm(residual + x), residual + x), both [T, H]."""
         ...
 

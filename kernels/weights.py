@@ -21,9 +21,17 @@ class Dense:
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
-    def dequantize(self) -> torch.Tensor:
-        """The weight in float32 [N, K]; shares memory when it already is float32."""
-        return self.values.float()
+    def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight in float32 [N, K], written into `out` if given; otherwise it shares memory when it already is float32."""
+        return self.values.float() if out is None else out.copy_(self.values)
+
+    def take(self, rows: torch.Tensor) -> "Dense":
+        """The given rows (integers [B]), copied."""
+        return Dense(self.values.index_select(0, rows))
+
+    def to(self, device: torch.device) -> "Dense":
+        """The weight on `device`; shares memory when it already is there."""
+        return Dense(self.values.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +56,26 @@ class GroupedInt:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
-    def dequantize(self) -> torch.Tensor:
-        """The weight in float32 [N, K], with one rounding for the product and one for the sum."""
+    def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight in float32 [N, K], with one rounding for the product and one for the sum; written into `out` if given."""
         n, k = self.codes.shape
-        values = self.codes.view(n, k // self.group, self.group).float() * self.scales.unsqueeze(-1)
+        if out is None:
+            out = torch.empty(n, k, dtype=torch.float32, device=self.codes.device)
+        grouped = out.unflatten(1, (k // self.group, self.group))
+        torch.mul(self.codes.view(grouped.shape), self.scales.unsqueeze(-1), out=grouped)
         if self.minimums is not None:
-            values += self.minimums.unsqueeze(-1)
-        return values.view(n, k)
+            grouped += self.minimums.unsqueeze(-1)
+        return out
+
+    def take(self, rows: torch.Tensor) -> "GroupedInt":
+        """The given rows (integers [B]), copied."""
+        minimums = None if self.minimums is None else self.minimums.index_select(0, rows)
+        return GroupedInt(self.codes.index_select(0, rows), self.scales.index_select(0, rows), minimums, self.group, self.bits)
+
+    def to(self, device: torch.device) -> "GroupedInt":
+        """The weight on `device`; shares memory when it already is there."""
+        minimums = None if self.minimums is None else self.minimums.to(device)
+        return GroupedInt(self.codes.to(device), self.scales.to(device), minimums, self.group, self.bits)
 
 
 Weight = Dense | GroupedInt

@@ -1,0 +1,57 @@
+"""Linear layers: weights are dequantized to float32 once, products run in fixed tiles (see `tiles.py`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headrace.kernels.reference.tiles import ALIGN, pad_last, padded, product, trusted_tiles
+from headrace.kernels.weights import Dense, Weight
+
+_CACHE_LINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLinear:
+    matrix: torch.Tensor
+    """float32 [K, N], both padded with zeros to multiples of 16; a transposed view of [N, K]."""
+    bias: torch.Tensor | None
+    """float32 [N], not padded."""
+    outputs: int
+    """N before padding."""
+    tiles: tuple[int, ...]
+
+
+def prepare(weights: Sequence[Weight], bias: torch.Tensor | None, device: torch.device) -> PreparedLinear:
+    """Stack the weights along N in float32. A single aligned float32 weight on the same device is shared, not copied."""
+    inputs = weights[0].shape[1]
+    for weight in weights:
+        if weight.shape[1] != inputs:
+            raise ValueError(f"weights of {weight.shape[1]} and {inputs} inputs cannot be stacked")
+    outputs = sum(weight.shape[0] for weight in weights)
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs")
+    matrix = _shared(weights, device)
+    if matrix is None:
+        matrix = torch.empty(padded(outputs), padded(inputs), dtype=torch.float32, device=device)
+        matrix[outputs:] = 0
+        matrix[:, inputs:] = 0
+        for weight, rows in zip(weights, matrix[:outputs, :inputs].split([weight.shape[0] for weight in weights]), strict=True):
+            weight.to(device).dequantize(rows)
+    bias = None if bias is None else bias.float().to(device)
+    return PreparedLinear(matrix.t(), bias, outputs, trusted_tiles(matrix.t()))
+
+
+def _shared(weights: Sequence[Weight], device: torch.device) -> torch.Tensor | None:
+    """The one weight's own storage, where it can serve as it stands."""
+    match weights:
+        case [Dense(values)] if values.dtype == torch.float32 and values.device == device and values.is_contiguous():
+            fits = values.shape[0] % ALIGN == 0 and values.shape[1] % ALIGN == 0 and values.data_ptr() % _CACHE_LINE == 0
+            return values if fits else None
+    return None
+
+
+def linear(x: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
+    """x [T, K] times the prepared weight, plus its bias: [T, N]."""
+    out = product(pad_last(x), weight.matrix, weight.tiles)[:, : weight.outputs]
+    return out if weight.bias is None else out + weight.bias
