@@ -181,6 +181,8 @@ class Text(Message):
     """Tokens emitted by the step for the request; its text may be empty while characters or stop strings are incomplete."""
     ends: list[End] = []
     scores: list[Scores] = []
+    tokens: list[int] = []
+    """The ids of the emitted tokens, request by request as `counts` divides them; a frontend keeps them for `Generate.emitted`."""
 
 
 class Failed(Message):
