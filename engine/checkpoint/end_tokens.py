@@ -38,13 +38,13 @@ class _TokenizerFile(msgspec.Struct):
 
 def gguf_end_tokens(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     """The ids that the file names, and those of its control tokens that are known to end a turn; sorted."""
-    ends = {metadata.get(key) for key in GGUF_END_KEYS}
+    ends = [metadata.get(key) for key in GGUF_END_KEYS]
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list):
         for text in GGUF_END_TEXTS:
             token = tokens.index(text) if text in tokens else None
             if token is not None and not (isinstance(types, list) and token < len(types) and types[token] in _TEXT_TYPES):
-                ends.add(token)
+                ends.append(token)
     return _valid(ends, vocab_size)
 
 
@@ -56,15 +56,14 @@ def gguf_bos_token(metadata: Mapping[str, Any], vocab_size: int) -> int | None:
 def hf_end_tokens(directory: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     """generation_config.json's end tokens, else config.json's; and the tokenizer's own, with which chat templates end turns."""
     generation = _optional(directory / "generation_config.json")
-    ends: set[Any] = set()
+    ends: list[Any] = []
     for source in (generation, config):
         named = source.get("eos_token_id")
-        ends = set(_integers(named if isinstance(named, list) else [named]))
+        ends = _integers(named if isinstance(named, list) else [named])
         if ends:
             break
     tokenizer = _optional(directory / "tokenizer_config.json")
-    ends.add(_token_id(directory, tokenizer, "eos_token"))
-    return _valid(ends, vocab_size)
+    return _valid([*ends, _token_id(directory, tokenizer, "eos_token")], vocab_size)
 
 
 def hf_bos_token(directory: Path, config: Mapping[str, Any], vocab_size: int) -> int | None:
@@ -100,6 +99,6 @@ def _integers(values: list[Any]) -> list[int]:
     return [value for value in values if type(value) is int]
 
 
-def _valid(values: Any, vocab_size: int) -> tuple[int, ...]:
+def _valid(values: list[Any], vocab_size: int) -> tuple[int, ...]:
     """Those that are token ids; a file's 2³²-1 and -1 mean "none"."""
-    return tuple(sorted({value for value in _integers(list(values)) if 0 <= value < vocab_size}))
+    return tuple(sorted({value for value in _integers(values) if 0 <= value < vocab_size}))
