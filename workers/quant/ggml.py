@@ -49,8 +49,8 @@ def unpack(type_name: str, packed: Array, columns: slice | None = None) -> Group
     form = FORMATS[type_name]
     width = packed.shape[1] // form.nbytes * form.block
     start, stop, _ = (columns or slice(None)).indices(width)
-    if start % form.group or stop % form.group or stop < start:
-        raise ValueError(f"columns {start}:{stop} of a {type_name} tensor must fall on multiples of {form.group}")
+    if start % form.group or stop % form.group or stop <= start:
+        raise ValueError(f"columns {start}:{stop} of a {type_name} tensor must be some, and must fall on multiples of {form.group}")
     first, last = start // form.block, -(-stop // form.block)
     packed = packed[:, first * form.nbytes : last * form.nbytes]
     rows, blocks, groups = packed.shape[0], last - first, form.block // form.group
@@ -58,14 +58,15 @@ def unpack(type_name: str, packed: Array, columns: slice | None = None) -> Group
     scales = np.empty((rows, blocks * groups), np.float32)
     minimums = np.empty((rows if form.has_minimums else 0, blocks * groups), np.float32)
     step = max(1, PIECE_BYTES // max(1, packed.shape[1]))
-    for top in range(0, rows, step):
-        piece = slice(top, min(rows, top + step))
-        form.unpack(
-            np.ascontiguousarray(packed[piece]).reshape(-1, form.nbytes),
-            codes[piece].reshape(-1, form.block),
-            scales[piece].reshape(-1, groups),
-            minimums[piece].reshape(-1, groups),
-        )
+    with np.errstate(all="ignore"):  # An infinite scale is the file's affair, not worth a warning.
+        for top in range(0, rows, step):
+            piece = slice(top, min(rows, top + step))
+            form.unpack(
+                np.ascontiguousarray(packed[piece]).reshape(-1, form.nbytes),
+                codes[piece].reshape(-1, form.block),
+                scales[piece].reshape(-1, groups),
+                minimums[piece].reshape(-1, groups),
+            )
     cut = slice(start - first * form.block, stop - first * form.block)
     group_cut = slice(cut.start // form.group, cut.stop // form.group)
     return GroupedInt(
