@@ -52,7 +52,8 @@ class Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_
 class Completion(Generation):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: str | list[Any] | None = None
+    """A string, token ids, or a list of either."""
     echo: bool = False
     logprobs: int | None = None
     best_of: int | None = None
