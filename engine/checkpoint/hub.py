@@ -74,7 +74,7 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise UserError(f"{name!r} is neither a local path nor a valid hub name: {_line(error)}") from None
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"{name}{at} is neither a local path nor in the hub's cache, and the hub cannot be reached: "
+            f"{name}{at} is neither a local path nor complete in the hub's cache, and the hub cannot be reached: "
             "check the network and HF_HUB_OFFLINE, or give a local path"
         ) from None
     except Exception as error:  # The package lets errors of its HTTP library through; their classes change with its versions.
