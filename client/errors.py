@@ -117,7 +117,8 @@ def _fields(body: bytes) -> tuple[str, str | None, str | None]:
         return str(error), None, None
     code = error.get("code")
     param = error.get("param")
-    return str(error.get("message") or ""), None if code is None else str(code), None if param is None else str(param)
+    message = error.get("message") or (f"the server is {error['status']}" if "status" in error else "")
+    return str(message), None if code is None else str(code), None if param is None else str(param)
 
 
 def _seconds(text: str | None) -> float | None:

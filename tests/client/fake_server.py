@@ -41,6 +41,9 @@ class Behaviour:
     """Answer 429 to requests for more tokens than this."""
     api_key: str | None = None
     cached: int | None = None
+    models: dict[str, Any] | None = None
+    """What `/v1/models` says instead."""
+    health: tuple[int, dict[str, str]] = (200, {"status": "ok"})
     silent: bool = False
     """Accept and never answer."""
 
@@ -66,10 +69,12 @@ class FakeServer:
         return len(prompt) if isinstance(prompt, list) else len(prompt.split())
 
     async def models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 1, "owned_by": "tests"}]})
+        entry = {"id": MODEL, "object": "model", "created": 1, "owned_by": "tests"}
+        return web.json_response(self.behaviour.models or {"object": "list", "data": [entry]})
 
     async def health(self, _: web.Request) -> web.Response:
-        return web.json_response({"status": "ready"})
+        status, body = self.behaviour.health
+        return web.json_response(body, status=status)
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -158,6 +163,8 @@ class FakeServer:
                 await send(choice("", None, role=True))
             await asyncio.sleep(behaviour.first_delay_s)
             for first in range(0, total, behaviour.tokens_per_chunk):
+                if first and behaviour.token_delay_s:
+                    await asyncio.sleep(behaviour.token_delay_s)
                 if first == behaviour.break_after:
                     assert request.transport is not None
                     request.transport.abort()
@@ -166,8 +173,6 @@ class FakeServer:
                     await response.write(b'data: {"error":{"message":"the worker died","code":500}}' + end + end)
                     await response.write_eof()
                     return response
-                if first and behaviour.token_delay_s:
-                    await asyncio.sleep(behaviour.token_delay_s)
                 last = min(first + behaviour.tokens_per_chunk, total)
                 await send(choice("".join(f" w{i}" for i in range(first, last)), None))
             if behaviour.end_without_done:
