@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.engine.checkpoint.wording import shown
 from headrace.engine.errors import UserError
 
 MAGIC = b"GGUF"
@@ -140,7 +141,7 @@ class GGUFFile:
         for _ in range(value_count):
             key = cursor.name("a metadata key")
             if key in values:
-                raise cursor.fault(f"it has the metadata key {_shown(key)} twice")
+                raise cursor.fault(f"it has the metadata key {shown(key)} twice")
             values[key] = cursor.value(key)
         self.metadata = Metadata(self._data, values)
         self.alignment = _read_alignment(values, cursor)
@@ -217,7 +218,7 @@ class _Cursor:
 
     def value(self, key: str) -> Any:
         """A metadata value; arrays are checked and left where they lie."""
-        what = f"the metadata value {_shown(key)}"
+        what = f"the metadata value {shown(key)}"
         kind = self.u32(what)
         if kind == _STRING:
             # Text is decoded leniently: some published files hold a stray byte in a description.
@@ -299,7 +300,7 @@ def _read_version(cursor: _Cursor) -> int:
 def _read_alignment(values: dict[str, Any], cursor: _Cursor) -> int:
     alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-        raise cursor.fault(f"general.alignment is {_shown(alignment)}, not a power of two of at least 8")
+        raise cursor.fault(f"general.alignment is {shown(alignment)}, not a power of two of at least 8")
     return alignment
 
 
@@ -313,17 +314,17 @@ def _counted(count: int, cursor: _Cursor) -> range:
 def _read_entry(cursor: _Cursor) -> TensorInfo:
     """One entry of the directory; its offset still counts from the start of the tensor bytes."""
     name = cursor.name("a tensor's name")
-    what = f"the entry of tensor {_shown(name)}"
+    what = f"the entry of tensor {shown(name)}"
     dimensions = cursor.u32(what)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise cursor.fault(f"tensor {_shown(name)} has {dimensions} dimensions: 1 to {MAX_DIMENSIONS} are possible")
+        raise cursor.fault(f"tensor {shown(name)} has {dimensions} dimensions: 1 to {MAX_DIMENSIONS} are possible")
     shape = tuple(cursor.u64(what) for _ in range(dimensions))[::-1]
     kind, offset = cursor.u32(what), cursor.u64(what)
     if kind not in GGML_TYPES:
-        raise UserError(f"{cursor.path}: tensor {_shown(name)} has the type number {kind}, which is not a known GGUF tensor type")
+        raise UserError(f"{cursor.path}: tensor {shown(name)} has the type number {kind}, which is not a known GGUF tensor type")
     type_name, block, size = GGML_TYPES[kind]
     if 0 in shape or shape[-1] % block:
-        raise cursor.fault(f"tensor {_shown(name)} has the shape {list(shape)}: its rows must be multiples of {block} for {type_name}")
+        raise cursor.fault(f"tensor {shown(name)} has the shape {list(shape)}: its rows must be multiples of {block} for {type_name}")
     return TensorInfo(name, shape, type_name, offset, math.prod(shape) // block * size)
 
 
@@ -331,7 +332,7 @@ def _place(entries: list[TensorInfo], start: int, alignment: int, cursor: _Curso
     """Turn offsets into places in the file, and check that every tensor lies within it and on its own."""
     placed: dict[str, TensorInfo] = {}
     for entry in entries:
-        name = _shown(entry.name)
+        name = shown(entry.name)
         if entry.name in placed:
             raise cursor.fault(f"it has tensor {name} twice")
         if entry.offset % alignment:
@@ -346,12 +347,6 @@ def _place(entries: list[TensorInfo], start: int, alignment: int, cursor: _Curso
     end, before = 0, ""
     for info in sorted(placed.values(), key=lambda info: info.offset):
         if info.offset < end:
-            raise cursor.fault(f"tensors {_shown(before)} and {_shown(info.name)} overlap")
+            raise cursor.fault(f"tensors {shown(before)} and {shown(info.name)} overlap")
         end, before = info.offset + info.nbytes, info.name
     return placed
-
-
-def _shown(value: object) -> str:
-    """A value from the file, fit for one line of a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

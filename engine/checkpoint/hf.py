@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from headrace.engine.checkpoint.wording import in_line, shown
 from headrace.engine.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -71,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {_line(error)}") from None
+        raise UserError(f"{path} is not valid JSON: {in_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
     return value
@@ -134,20 +135,20 @@ def _read_sharded(directory: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a safetensors index: {_line(error)}") from None
+        raise UserError(f"{path} is not a safetensors index: {in_line(error)}") from None
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(index.weight_map.values())):
         if name != Path(name).name or not name.endswith(".safetensors"):
-            raise UserError(f"{path} names the file {_shown(name)}, which is no safetensors file of this directory")
+            raise UserError(f"{path} names the file {shown(name)}, which is no safetensors file of this directory")
         if not (directory / name).is_file():
-            raise UserError(f"{directory} lacks the file {_shown(name)}, which {INDEX} names: an unfinished download? Get it again")
+            raise UserError(f"{directory} lacks the file {shown(name)}, which {INDEX} names: an unfinished download? Get it again")
         header = read_header(directory / name)
         if twice := tensors.keys() & header.keys():
-            raise UserError(f"{directory / name} holds tensor {_shown(min(twice))}, which another file has too")
+            raise UserError(f"{directory / name} holds tensor {shown(min(twice))}, which another file has too")
         tensors |= header
     for name, file in index.weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise UserError(f"{path} says that {_shown(file)} holds tensor {_shown(name)}, but it does not")
+            raise UserError(f"{path} says that {shown(file)} holds tensor {shown(name)}, but it does not")
     return tensors
 
 
@@ -174,12 +175,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         fields.pop("__metadata__", None)
         entries = {name: msgspec.json.decode(field, type=_Entry) for name, field in fields.items()}
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise fault(f"its header is damaged: {_line(error)}") from None
+        raise fault(f"its header is damaged: {in_line(error)}") from None
     tensors = {name: _placed(path, name, entry, 8 + length, fault) for name, entry in entries.items()}
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:
-            raise fault(f"tensor {_shown(name)} starts at byte {tensor.offset} where the one before ends at {end}")
+            raise fault(f"tensor {shown(name)} starts at byte {tensor.offset} where the one before ends at {end}")
         end = tensor.offset + tensor.nbytes
     if end != size:
         raise fault(f"its tensors end at byte {end} and the file at {size}{': an unfinished download? Get it again' if end > size else ''}")
@@ -189,12 +190,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _placed(path: Path, name: str, entry: _Entry, start: int, fault: Any) -> StoredTensor:
     size = DTYPE_BYTES.get(entry.dtype)
     if size is None:
-        raise UserError(f"{path}: tensor {_shown(name)} has the unknown type {_shown(entry.dtype)}")
+        raise UserError(f"{path}: tensor {shown(name)} has the unknown type {shown(entry.dtype)}")
     begin, end = entry.data_offsets
     if len(entry.shape) > MAX_DIMENSIONS:
-        raise fault(f"tensor {_shown(name)} has {len(entry.shape)} dimensions: at most {MAX_DIMENSIONS} are possible")
+        raise fault(f"tensor {shown(name)} has {len(entry.shape)} dimensions: at most {MAX_DIMENSIONS} are possible")
     if begin < 0 or end < begin or min(entry.shape, default=0) < 0 or math.prod(entry.shape) * size != end - begin:
-        raise fault(f"tensor {_shown(name)} of {entry.dtype} {_shown(entry.shape)} lies at {begin}…{end}, which does not fit")
+        raise fault(f"tensor {shown(name)} of {entry.dtype} {shown(entry.shape)} lies at {begin}…{end}, which does not fit")
     return StoredTensor(path, entry.dtype, tuple(entry.shape), start + begin, end - begin)
 
 
@@ -208,13 +209,3 @@ def _text_only(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
             if name.startswith(prefix):
                 text[plain + name.removeprefix(prefix)] = tensor
     return text
-
-
-def _shown(value: object) -> str:
-    """A value from the file, fit for one line of a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headrace.engine.checkpoint.hf import INDEX, SINGLE, read_json
+from headrace.engine.checkpoint.wording import in_line
 from headrace.engine.errors import UserError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -71,15 +72,11 @@ def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"no local path and no hub repository is named {name!r}: check the spelling (a private one needs HF_TOKEN)"
         ) from None
     except errors.HFValidationError as error:
-        raise UserError(f"{name!r} is neither a local path nor a valid hub name: {_line(error)}") from None
+        raise UserError(f"{name!r} is neither a local path nor a valid hub name: {in_line(error)}") from None
     except errors.LocalEntryNotFoundError:
         raise UserError(
             f"{name}{at} is neither a local path nor complete in the hub's cache, and the hub cannot be reached: "
             "check the network and HF_HUB_OFFLINE, or give a local path"
         ) from None
     except Exception as error:  # The package lets errors of its HTTP library through; their classes change with its versions.
-        raise UserError(f"cannot fetch {name}{at} from the hub: {type(error).__name__}: {_line(error)}") from None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+        raise UserError(f"cannot fetch {name}{at} from the hub: {type(error).__name__}: {in_line(error)}") from None
