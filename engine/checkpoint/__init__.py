@@ -1,1 +1,4 @@
-"""Models on disk before any process has loaded them: finding them, reading their headers, and refusing in one line what cannot be served."""
+"""Models on disk, before any process has loaded them.
+
+Finding them, reading their headers, and refusing in one line what cannot be served. No torch, no tensor arithmetic.
+"""
