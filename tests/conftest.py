@@ -1,12 +1,7 @@
-"""What all tests share: no setting of the developer's shell reaches them, property tests know no stopwatch, sockets fit their path."""
+"""What all tests share: no setting of the developer's shell reaches them, property tests know no stopwatch."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
 from hypothesis import settings
 
 # The machine that runs the tests is shared: how long an example takes says nothing.
@@ -18,11 +13,3 @@ TEST_MARK = "HEADRACE_TEST_RUN"
 
 for name in [name for name in os.environ if name.startswith("HEADRACE_") and name != TEST_MARK]:
     del os.environ[name]
-
-
-@pytest.fixture
-def run_dir() -> Iterator[Path]:
-    """A private folder for sockets. Its path is short: a Unix socket's may have 107 characters, which `tmp_path` can exceed."""
-    path = Path(tempfile.mkdtemp(prefix="headrace-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
