@@ -19,7 +19,21 @@ PATTERN = 6
 """Of so many layers, the last is global."""
 LOCAL_THETA = 10000.0
 GLOBAL_THETA = 1000000.0
-HEAD_DIM = 256
+
+DEFAULTS = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": PATTERN,
+    "rope_theta": GLOBAL_THETA,
+    "rope_local_base_freq": LOCAL_THETA,
+    "tie_word_embeddings": True,
+}
+"""What keys that a config.json leaves out mean (those of the larger models leave out most)."""
 
 _LAYERS_27B = 62
 """GGUF files do not carry the score scale. Only the model of 62 layers has another than 1/sqrt(head size)."""
@@ -44,21 +58,21 @@ def describe(checkpoint: Checkpoint) -> tuple[DecoderConfig, WeightNames]:
 
 
 def _from_huggingface(checkpoint: Checkpoint) -> DecoderConfig:
-    look = Lookup(checkpoint.metadata)
+    look = Lookup({**DEFAULTS, **checkpoint.metadata})
     look.refuse_if_set("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
-    context, dim = look.whole("max_position_embeddings", 131072), look.whole("head_dim", HEAD_DIM)
+    context, dim = look.whole("max_position_embeddings"), look.whole("head_dim")
     parameters = look.get("rope_parameters", {})
     local = parameters.get("sliding_attention") or {}
     wide = parameters.get("full_attention") or look.get("rope_scaling", {})
-    local_rope = huggingface_rope(local, look.real("rope_local_base_freq", LOCAL_THETA), dim, context)
-    wide_rope = huggingface_rope(wide, look.real("rope_theta", GLOBAL_THETA), dim, context)
-    config = from_huggingface(checkpoint, "gemma3", rope=wide_rope, head_dim=HEAD_DIM, tied=True)
-    config = replace(config, attention_scale=look.real("query_pre_attn_scalar", 256) ** -0.5, unit_offset_norms=True)
-    count, pattern = len(config.layers), look.whole("sliding_window_pattern", PATTERN)
+    local_rope = huggingface_rope(local, look.real("rope_local_base_freq"), dim, context)
+    wide_rope = huggingface_rope(wide, look.real("rope_theta"), dim, context)
+    config = from_huggingface(checkpoint, "gemma3", wide_rope, DEFAULTS)
+    config = replace(config, attention_scale=look.real("query_pre_attn_scalar") ** -0.5, unit_offset_norms=True)
+    count, pattern = len(config.layers), look.whole("sliding_window_pattern")
     kinds = look.get("layer_types") or ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(count)]
     if len(kinds) != count:
         raise UserError(f"the model's metadata has {len(kinds)} layer_types for {count} layers: the file is corrupt, get it anew")
-    return _gemma(config, [kind == "sliding_attention" for kind in kinds], look.whole("sliding_window", 4096), local_rope)
+    return _gemma(config, [kind == "sliding_attention" for kind in kinds], look.whole("sliding_window"), local_rope)
 
 
 def _from_gguf(checkpoint: Checkpoint) -> DecoderConfig:

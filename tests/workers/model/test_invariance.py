@@ -1,0 +1,72 @@
+"""A sequence's hidden states and logits are the same to the last bit, however its tokens were brought to the decoder."""
+
+import random
+
+import pytest
+import torch
+
+from headrace.kernels.select import make_ops
+from headrace.workers.loader.safetensors import SafetensorsCheckpoint
+from headrace.workers.model.decoder import Decoder, load_decoder
+from tests.workers.model.drive import Drive
+from tests.workers.model.tiny import build
+
+TEXT = torch.randint(3, 199, (150,), generator=torch.Generator().manual_seed(6)).tolist()
+WIDTH = 32
+
+
+@pytest.fixture(scope="module", params=["llama-one-kv-head", "mistral", "qwen3", "gemma3"])
+def decoder(request, tmp_path_factory) -> Decoder:
+    directory = tmp_path_factory.mktemp(request.param)
+    model = build(request.param, directory)
+    return load_decoder(model.config.architectures[0], SafetensorsCheckpoint(directory), make_ops("reference"), context=256)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def logits(decoder: Decoder, chunks: list[int], shuffle: int | None = None) -> torch.Tensor:
+    """Logits of TEXT, brought in pieces of the given sizes, repeated in turn."""
+    drive, parts, begin = Drive(decoder, shuffle=shuffle), [], 0
+    while begin < len(TEXT):
+        piece = TEXT[begin : begin + chunks[len(parts) % len(chunks)]]
+        parts.append(decoder.logits(drive.step([(0, piece)])[0]))
+        begin += len(piece)
+    return torch.cat(parts)
+
+
+def test_chunks_of_any_size_give_what_the_whole_prompt_gives(decoder):
+    whole = logits(decoder, [len(TEXT)])
+    assert torch.equal(logits(decoder, [7]), whole)
+    assert torch.equal(logits(decoder, [100, 1, 1, 1, 29, 2]), whole)
+
+
+def test_page_order_and_threads_change_nothing(decoder):
+    torch.set_num_threads(1)
+    whole = logits(decoder, [len(TEXT)])
+    assert torch.equal(logits(decoder, [40], shuffle=3), whole)
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(logits(decoder, [len(TEXT)]), whole)
+        assert torch.equal(logits(decoder, [50]), whole)
+
+
+def test_a_sequence_among_32_others_in_any_order_gives_what_it_gives_alone(decoder):
+    alone = logits(decoder, [10])
+    dice = random.Random(1)
+    drive = Drive(decoder, sequences=WIDTH, shuffle=2)
+    parts = []
+    for begin in range(0, len(TEXT), 10):
+        # prefills, chunks and single tokens side by side; TEXT is sequence 5
+        work = [(5, TEXT[begin : begin + 10])]
+        work += [(s, [dice.randrange(3, 199) for _ in range(dice.choice([1, 1, 1, 4, 16]))]) for s in range(WIDTH) if s != 5]
+        dice.shuffle(work)
+        hidden = drive.step(work)
+        index = next(i for i, (sequence, _) in enumerate(work) if sequence == 5)
+        rows = sum(len(tokens) for _, tokens in work[:index])
+        parts.append(decoder.logits(torch.cat(hidden))[rows : rows + 10])
+    assert torch.equal(torch.cat(parts), alone)

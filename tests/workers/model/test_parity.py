@@ -1,0 +1,48 @@
+"""Tiny models of every family give transformers' logits at every position and its greedy tokens, from both file formats."""
+
+import pytest
+import torch
+
+from headrace.kernels.select import make_ops
+from headrace.workers.loader.gguf import GGUFCheckpoint
+from headrace.workers.loader.safetensors import SafetensorsCheckpoint
+from headrace.workers.model.decoder import Decoder, load_decoder
+from tests.workers.model.drive import all_logits, greedy
+from tests.workers.model.tiny import MODELS, build, write_gguf
+
+CLOSE = 1e-4
+"""The project asks for 1e-3."""
+
+TEXT = torch.randint(3, 199, (170,), generator=torch.Generator().manual_seed(5)).tolist()
+"""Longer than every sliding window and than one split of the attention."""
+
+IN_GGUF = [name for name in MODELS if name not in ("llama-dynamic-rope", "qwen2-window-above-layer-1", "gemma3")]
+"""The others have no words in a GGUF file for what their config.json says."""
+
+
+def assert_equal_to(model, decoder: Decoder) -> None:
+    with torch.no_grad():
+        expected = model(torch.tensor([TEXT])).logits[0]
+    difference = (all_logits(decoder, TEXT) - expected).abs().max().item()
+    assert difference < CLOSE, f"logits differ by {difference:.2e} of {expected.abs().max().item():.1f}"
+    continued = greedy(decoder, TEXT[:20], 128)
+    # each token is the oracle's choice after the same tokens: so, one by one, its own continuation
+    with torch.no_grad():
+        chosen = model(torch.tensor([TEXT[:20] + continued])).logits[0].argmax(-1)
+    assert continued == chosen[19:-1].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, tmp_path):
+    model = build(name, tmp_path)
+    architecture = model.config.architectures[0]
+    decoder = load_decoder(architecture, SafetensorsCheckpoint(tmp_path), make_ops("reference"), context=256)
+    assert_equal_to(model, decoder)
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
+def test_a_gguf_file_gives_the_same_logits_and_greedy_tokens(name, tmp_path):
+    model = build(name, tmp_path)
+    architecture = write_gguf(model, tmp_path / "model.gguf")
+    decoder = load_decoder(architecture, GGUFCheckpoint(tmp_path / "model.gguf"), make_ops("reference"), context=256)
+    assert_equal_to(model, decoder)
