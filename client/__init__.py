@@ -7,8 +7,11 @@
             print(chunk.choices[0].delta.content or "", end="")
 
 `Client` is synchronous and `AsyncClient` is its twin for asyncio; both work with any OpenAI-compatible server. Everything they raise is a
-`ClientError`. Importing this package loads neither torch nor aiohttp.
+`ClientError`. `DirectClient` speaks to a local engine over ZeroMQ, without HTTP. Importing this package loads neither torch nor aiohttp
+nor ZeroMQ.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from headrace.client.aio import AsyncClient, AsyncStream
 from headrace.client.errors import (
@@ -26,6 +29,9 @@ from headrace.client.errors import (
 )
 from headrace.client.sync import Client, Stream
 
+if TYPE_CHECKING:
+    from headrace.client.direct import DirectClient
+
 __all__ = [
     "APIError",
     "AsyncClient",
@@ -33,6 +39,7 @@ __all__ = [
     "BadRequest",
     "Client",
     "ClientError",
+    "DirectClient",
     "Disconnected",
     "NotFound",
     "RateLimited",
@@ -43,3 +50,11 @@ __all__ = [
     "Unavailable",
     "Unreachable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DirectClient":
+        from headrace.client.direct import DirectClient
+
+        return DirectClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,103 @@
+"""The processes of a running engine as the kernel sees them: who they are, what CPU time they used, what memory they hold."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Usage:
+    """Of one process."""
+
+    cpu_s: float
+    rss_mib: float
+
+
+@dataclass
+class Engine:
+    """A running engine: its supervisor, and where its sockets lie."""
+
+    supervisor: subprocess.Popen
+    runtime_dir: Path
+    address: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def run_dir(self) -> Path:
+        return next(self.runtime_dir.glob("headrace-*"))
+
+    def wait_until_ready(self) -> None:
+        """Until the line that says so. Raises `SystemExit` when the engine ends before."""
+        assert self.supervisor.stderr
+        for line in self.supervisor.stderr:
+            self.lines.append(line)
+            if " is ready on " in line:
+                self.address = line.split(" is ready on ")[1].split()[0]
+                return
+        raise SystemExit("the engine ended before it was ready:\n" + "".join(self.lines))
+
+    def usage(self) -> dict[str, Usage]:
+        """By process name."""
+        return {name_of(pid): usage_of(pid) for pid in tree(self.supervisor.pid)}
+
+
+@contextmanager
+def engine(code: str, *words: str) -> Iterator[Engine]:
+    """Run `code` in a Python of its own, as the engine's supervisor; end it with the block."""
+    with tempfile.TemporaryDirectory(prefix="hr-") as runtime:
+        environment = {**os.environ, "XDG_RUNTIME_DIR": runtime, "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-c", code, *words]
+        supervisor = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            yield Engine(supervisor, Path(runtime))
+        finally:
+            supervisor.terminate()
+            try:
+                supervisor.wait(15)
+            except subprocess.TimeoutExpired:
+                supervisor.kill()
+                supervisor.wait()
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and all its descendants."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in children:
+        yield from tree(int(child))
+
+
+def name_of(pid: int) -> str:
+    """The engine's name for a process: the argument after its run directory; the one without is the supervisor."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return f"gone-{pid}"
+    if "-m" in words and len(words) > words.index("-m") + 3:
+        return words[words.index("-m") + 3]
+    return "supervisor"
+
+
+def usage_of(pid: int) -> Usage:
+    try:
+        # The command's name, in parentheses, may hold spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return Usage(0.0, 0.0)
+    user, system, rss_pages = int(fields[11]), int(fields[12]), int(fields[21])
+    return Usage((user + system) * TICK_S, rss_pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20))
+
+
+def shares(before: dict[str, Usage], after: dict[str, Usage], seconds: float) -> dict[str, float]:
+    """CPU time between two readings, as shares of one core."""
+    return {name: round((after[name].cpu_s - before[name].cpu_s) / seconds, 4) for name in after if name in before}
