@@ -49,7 +49,7 @@ def choose_port(host: str, port: int) -> int:
             return probe.getsockname()[1]
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a port number"
-        sys.exit(f"error: cannot listen on {host}:{port} ({reason}): choose another port, such as --port {8001 if port == 8000 else 8000}")
+        sys.exit(f"error: cannot listen on {host}:{port} ({reason}): choose another with --port or --host")
 
 
 def start_server(options: argparse.Namespace, rest: list[str]) -> subprocess.Popen:
@@ -57,7 +57,13 @@ def start_server(options: argparse.Namespace, rest: list[str]) -> subprocess.Pop
     if options.api_key is not None:
         command += ["--api-key", options.api_key]
     libc = ctypes.CDLL(None)
-    return subprocess.Popen(command, stdout=sys.stderr, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT))
+
+    def tie_to_parent() -> None:
+        # A shell starts background jobs with SIGINT ignored, and that is inherited.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+    return subprocess.Popen(command, stdout=sys.stderr, preexec_fn=tie_to_parent)
 
 
 def is_ready(host: str, port: int) -> bool:
@@ -132,6 +138,7 @@ def main() -> int:
     began = time.monotonic()
     say("Starting the server …")
     server = start_server(options, rest)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     try:
         wait_until(lambda: is_ready(reachable, options.port), server)
