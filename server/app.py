@@ -1,0 +1,109 @@
+"""The web application: routes, the key, limits, and errors in one shape."""
+
+import hmac
+import logging
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from headrace.server.exposition import render
+from headrace.server.meters import RequestMeters
+from headrace.server.openai.errors import Refusal
+from headrace.server.openai.routes import OpenAIRoutes, engine_version
+from headrace.server.state import EngineView, health_of
+
+log = logging.getLogger(__name__)
+
+LARGEST_BODY = 8 << 20
+"""Bytes of a request body; larger ones get 413."""
+
+_GENERATING = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+_KEYED = ("/v1/", "/tokenize", "/detokenize")
+
+_GREETING = """headrace {version}, serving {model}
+
+  POST /v1/chat/completions   POST /v1/completions   GET /v1/models
+  POST /tokenize              POST /detokenize
+  GET  /health                GET  /health/live      GET /health/ready      GET /metrics
+"""
+
+
+def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, model_name: str, api_key: str | None) -> web.Application:
+    """The application. With `api_key`, everything but health and metrics needs it."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            if api_key is not None and request.path.startswith(_KEYED):
+                request["tenant"] = _check_key(request, api_key)
+            if request.path in _GENERATING and request.method == "POST":
+                view.check_open()
+            response = await handler(request)
+        except Refusal as refusal:
+            response = refusal.response()
+        except web.HTTPException as error:
+            response = _of_http(error, request).response()
+        except ConnectionResetError:
+            # The client is gone, and with it whoever would read an answer.
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            response = Refusal("internal error: the server's log has the details", status=500, code="internal_error").response()
+        route = request.match_info.route.resource
+        meters.answered(route.canonical if route else "unknown", response.status)
+        return response
+
+    async def live(request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def ready(request: web.Request) -> web.Response:
+        return web.json_response({"status": view.state}, status=200 if view.state == "ready" else 503)
+
+    async def health(request: web.Request) -> web.Response:
+        found = health_of(await view.status())
+        return web.Response(body=msgspec.json.encode(found), content_type="application/json", status=200 if found.status == "ok" else 503)
+
+    async def metrics(request: web.Request) -> web.Response:
+        status = await view.status()
+        if status is None:
+            raise Refusal("the supervisor does not answer", status=503, code="unavailable")
+        return web.Response(text=render(status.series), content_type="text/plain", charset="utf-8")
+
+    async def greet(request: web.Request) -> web.Response:
+        return web.Response(text=_GREETING.format(version=engine_version(), model=model_name))
+
+    app = web.Application(middlewares=[guard], client_max_size=LARGEST_BODY)
+    app.add_routes(openai.routes())
+    app.add_routes(
+        [
+            web.get("/", greet),
+            web.get("/health", health),
+            web.get("/health/live", live),
+            web.get("/health/ready", ready),
+            web.get("/metrics", metrics),
+        ]
+    )
+    return app
+
+
+def _check_key(request: web.Request, api_key: str) -> str:
+    """The tenant of a request with the right key. Raises `Refusal`."""
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given:
+        raise Refusal("an API key is needed: send it as 'Authorization: Bearer KEY'", status=401, code="missing_api_key")
+    if not hmac.compare_digest(given.strip().encode(), api_key.encode()):
+        raise Refusal("the API key is wrong", status=401, code="invalid_api_key")
+    return "key"
+
+
+def _of_http(error: web.HTTPException, request: web.Request) -> Refusal:
+    """aiohttp's own errors in OpenAI's shape."""
+    match error.status:
+        case 404:
+            return Refusal(f"{request.method} {request.path[:200]} does not exist: GET / lists what does", status=404, code="not_found")
+        case 405:
+            return Refusal(f"{request.path} does not take {request.method}", status=405, code="method_not_allowed")
+        case 413:
+            return Refusal(f"the body is larger than {LARGEST_BODY} bytes", status=413, code="body_too_large")
+    return Refusal(error.reason, status=error.status)

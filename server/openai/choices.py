@@ -1,0 +1,137 @@
+"""The choices of an answer: what comes of each request id is gathered here, and turned into OpenAI's shapes.
+
+DirectClient ──▶ Choice (a Sink each) ──▶ Answer ─▶ one JSON body          (`whole.py`)
+                                                └─▶ chunks as they come    (`stream.py`)
+"""
+
+import asyncio
+
+from headrace.engine.messages.frontend import Accepted, End, Failed, PromptScores, Scores, TokenScore
+from headrace.engine.messages.openai.responses import (
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptTokensDetails,
+    TopLogprob,
+    Usage,
+)
+from headrace.server.meters import Timing
+from headrace.server.openai.errors import Refusal
+
+
+class Answer:
+    """All choices of one HTTP request: when they are accepted, and when they are done."""
+
+    def __init__(self, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.accepted: asyncio.Future[None] = loop.create_future()
+        """Done when the prompt of every choice was accepted; a `Refusal` when one was not."""
+        self.done: asyncio.Future[None] = loop.create_future()
+        """Done when every choice has ended; a `Refusal` when one failed."""
+        self._unaccepted = count
+        self._unfinished = count
+        # Whoever no longer waits need not hear of a failure.
+        for future in (self.accepted, self.done):
+            future.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    def one_accepted(self) -> None:
+        self._unaccepted -= 1
+        if not self._unaccepted and not self.accepted.done():
+            self.accepted.set_result(None)
+
+    def one_ended(self) -> None:
+        self._unfinished -= 1
+        if not self._unfinished and not self.done.done():
+            self.done.set_result(None)
+
+    def one_failed(self, failed: Failed) -> None:
+        for future in (self.accepted, self.done):
+            if not future.done():
+                future.set_exception(Refusal.of(failed))
+
+
+class Choice:
+    """One continuation: a `Sink` that keeps everything, for an answer in one piece."""
+
+    def __init__(self, index: int, answer: Answer, timing: Timing) -> None:
+        self.index = index
+        self.parts: list[str] = []
+        self.scores: list[TokenScore] = []
+        self.prompt: Accepted | None = None
+        self.prompt_token_scores: tuple[TokenScore | None, ...] | None = None
+        self.finish: End | None = None
+        self._answer = answer
+        self._timing = timing
+
+    def accepted(self, message: Accepted) -> None:
+        if self.prompt is None:
+            self.prompt = message
+            self._answer.one_accepted()
+
+    def prompt_scores(self, message: PromptScores) -> None:
+        self.prompt_token_scores = message.scores
+
+    def text(self, text: str, count: int, scores: Scores | None, now: float) -> None:
+        if count:
+            self._timing.tokens(now)
+        self.parts.append(text)
+        if scores:
+            self.scores.extend(scores.scores)
+
+    def end(self, message: End, now: float) -> None:
+        self.finish = message
+        self._timing.end(message, now)
+        self._answer.one_ended()
+
+    def failed(self, message: Failed) -> None:
+        self._answer.one_failed(message)
+
+
+def finish_reason(end: End) -> str:
+    """The engine's reason in OpenAI's words; "abort" only reaches a client whose request was ended from outside."""
+    return end.reason
+
+
+def usage(choices: list[tuple[int, End]]) -> Usage:
+    """Token counts of an answer, from (prompt number, end) of each choice: every prompt counts once, every completion too."""
+    prompts = dict(reversed(choices))
+    prompt_tokens = sum(end.prompt_tokens for end in prompts.values())
+    completion_tokens = sum(end.completion_tokens for _, end in choices)
+    cached = sum(end.cached_tokens for end in prompts.values())
+    return Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, PromptTokensDetails(cached))
+
+
+def chat_logprobs(scores: list[TokenScore]) -> ChatLogprobs:
+    """Scores in the shape of chat completions."""
+    return ChatLogprobs(
+        [
+            ChatLogprob(
+                score.text,
+                score.logprob,
+                list(score.bytes),
+                [TopLogprob(text, logprob, list(raw)) for _, text, raw, logprob in score.top],
+            )
+            for score in scores
+        ]
+    )
+
+
+def completion_logprobs(scores: list[TokenScore | None], first_text: str, offset: int, want_top: bool) -> CompletionLogprobs:
+    """Scores in the shape of plain completions. A None stands for the first prompt token, whose text is `first_text`."""
+    tokens: list[str] = []
+    logprobs: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for score in scores:
+        text = first_text if score is None else score.text
+        tokens.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        if score is None:
+            logprobs.append(None)
+            top.append(None)
+        else:
+            logprobs.append(score.logprob)
+            # The chosen token is always among them, even when it is not one of the most likely.
+            top.append({text: logprob for _, text, _, logprob in reversed(score.top)} | {score.text: score.logprob})
+    return CompletionLogprobs(tokens, logprobs, top if want_top else None, offsets)

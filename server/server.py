@@ -1,0 +1,100 @@
+"""The server process: an actor for the supervisor's messages, and the web application beside it on the same loop.
+
+Run as `python -m headrace.server.server`.
+"""
+
+import asyncio
+import errno
+
+from aiohttp import web
+
+from headrace.client.direct import DirectClient
+from headrace.engine.errors import UserError
+from headrace.engine.messages.lifecycle import Drain, Drained, EngineState, PeerDied, ToServer
+from headrace.engine.messages.wire import Message
+from headrace.engine.names import SUPERVISOR, tokenizer_names
+from headrace.engine.process import Process, main
+from headrace.server.app import make_app
+from headrace.server.meters import RequestMeters
+from headrace.server.openai.routes import OpenAIRoutes
+from headrace.server.state import EngineView
+
+
+class Server:
+    """The actor. `open` starts to listen."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._view = EngineView(process)
+        self._client = DirectClient(process.run_dir, tokenizer_names(process.config))
+        meters = RequestMeters(process.metrics)
+        openai = OpenAIRoutes(self._client, process.model, meters)
+        app = make_app(openai, self._view, meters, process.model.name, process.config.api_key)
+        app.middlewares.insert(0, self._count)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+        self._open_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def open(self) -> str:
+        """Listen; the address. `UserError` when the port cannot be had."""
+        config = self._process.config
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, config.host, config.port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(f"port {config.port} on {config.host} is in use: choose another with --port") from None
+            raise UserError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from None
+        host, port = self._runner.addresses[0][:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def receive(self, message: Message) -> None:
+        match message:
+            case EngineState():
+                self._view.state = message.state
+            case PeerDied():
+                self._process.post.forget(message.name)
+                if message.name in tokenizer_names(self._process.config):
+                    self._client.tokenizer_died(message.name)
+            case Drain():
+                self._view.state = "draining"
+                asyncio.get_running_loop().create_task(self._drain())
+            case _:
+                self._view.answered(message)  # type: ignore[arg-type]
+
+    def settle(self) -> None:
+        """Nothing waits for the end of a burst."""
+
+    async def close(self) -> None:
+        await self._runner.cleanup()
+        self._client.close()
+
+    async def _drain(self) -> None:
+        await self._idle.wait()
+        self._process.send(SUPERVISOR, Drained(self._process.name))
+
+    @web.middleware
+    async def _count(self, request: web.Request, handler) -> web.StreamResponse:
+        """Know when the last answer is out."""
+        self._open_requests += 1
+        self._idle.clear()
+        try:
+            return await handler(request)
+        finally:
+            self._open_requests -= 1
+            if not self._open_requests:
+                self._idle.set()
+
+
+async def build(process: Process) -> Server:
+    """A server that listens."""
+    server = Server(process)
+    process.detail = await server.open()
+    return server
+
+
+if __name__ == "__main__":
+    main(ToServer, build)

@@ -1,0 +1,73 @@
+"""Server-sent events straight to the socket.
+
+A token is written by the callback that brings it: no task, no queue, no coroutine in between. aiohttp sends the headers and ends the
+response; the events between are framed here as HTTP chunks (RFC 9112 §7.1). A client that reads too slowly is not waited for: while
+its socket is full nothing is written, and its events are asked for again, merged, once there is room.
+
+    event ─▶ "data: …\n\n" ─▶ chunk ─▶ transport        full? ─▶ on_room() later
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from aiohttp import web
+
+SOCKET_FULL = 64 * 1024
+"""Bytes waiting for a client beyond which nothing more is written to it."""
+
+
+class EventStream:
+    """One response that streams events."""
+
+    def __init__(self, request: web.Request, on_room: Callable[[], None]) -> None:
+        self._request = request
+        self._response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        self._transport: asyncio.Transport | None = None
+        self._on_room = on_room
+        self._draining: asyncio.Task | None = None
+
+    async def open(self, headers: dict[str, str]) -> None:
+        """Send the headers; from now on events can be written."""
+        self._response.headers.update(headers)
+        self._response.enable_chunked_encoding()
+        await self._response.prepare(self._request)
+        # aiohttp holds the headers back until something is written; a comment is an event that says nothing.
+        await self._response.write(b":\n\n")
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        self._transport = transport  # type: ignore[assignment]
+
+    @property
+    def full(self) -> bool:
+        """Whether the client is behind, or the stream not open yet. What would be written now must wait for `on_room`."""
+        return self._transport is None or self._draining is not None
+
+    def write(self, event: bytes) -> None:
+        """Send `event`, a whole `data: …` with its blank line. Never while `full`."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        if transport.get_write_buffer_size() > SOCKET_FULL and self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def close(self) -> None:
+        """End the response; waits until the client has taken it."""
+        while self._draining:
+            await self._draining
+        await self._response.write_eof()
+
+    @property
+    def response(self) -> web.StreamResponse:
+        return self._response
+
+    async def _drain(self) -> None:
+        """Wait until the socket has room, then let the writer catch up."""
+        try:
+            await self._request.protocol._drain_helper()  # aiohttp's own wait for resume_writing
+        finally:
+            self._draining = None
+        self._on_room()
