@@ -19,7 +19,8 @@ from headrace.client.bench.machine import CpuTimes, cpu_times
 from headrace.client.bench.options import Options
 from headrace.client.bench.progress import Progress
 from headrace.client.bench.prompts import TextPrompts, TokenPrompts, prepare
-from headrace.client.bench.wire import Pool, Sample, Target
+from headrace.client.bench.wire import Pool, Sample, request_bytes
+from headrace.client.calls import Server
 from headrace.engine.errors import UserError
 
 _RATE_SEED = 0x5EED
@@ -44,17 +45,17 @@ class Run(msgspec.Struct):
 async def measure(options: Options, words: list[str], progress: Progress) -> Run:
     """Run one measurement. Failed requests are samples with an error; `UserError` only when nothing can be measured."""
     try:
-        target = Target.parse(options.url, options.api_key)
+        server = Server.parse(options.url, options.api_key)
     except ValueError as error:
         raise UserError(str(error)) from None
     progress.say(f"asking {options.url} what it understands")
-    dialect = await discover(target, options, " ".join(words[:12]))
+    dialect = await discover(server, options, " ".join(words[:12]))
     progress.say("preparing prompts")
     try:
-        prompts = await prepare(target, dialect, options, words)
+        prompts = await prepare(server, dialect, options, words)
     except OSError as error:
         raise UserError(f"the server at {options.url} went away: {error}") from None
-    pool = Pool(target, options.timeout)
+    pool = Pool(server, options.timeout)
     try:
         await _warm_up(pool, dialect, options, prompts, progress)
         await _open(pool, options)
@@ -80,7 +81,7 @@ async def _warm_up(pool: Pool, dialect: Dialect, options: Options, prompts: Toke
     for number, (prompt, tokens) in enumerate(waiting, 1):
         progress.say(f"warming up: {number} of {len(waiting)}")
         sample = Sample(tokens)
-        await pool.send(pool.target.request("POST", dialect.path, dialect.body(prompt, tokens, options.temperature)), sample)
+        await pool.send(request_bytes(pool.server, "POST", dialect.path, dialect.body(prompt, tokens, options.temperature)), sample)
         if sample.error:
             raise UserError(f"a warm-up request failed: {sample.error} {error_text(bytes(sample.body)) if sample.body else ''}".rstrip())
 
@@ -145,5 +146,5 @@ class _Load:
         sample = Sample(options.output_tokens)
         self.samples.append(sample)
         body = dialect.body(self._prompts.next(), options.output_tokens, options.temperature)
-        await self._pool.send(self._pool.target.request("POST", dialect.path, body), sample, due)
+        await self._pool.send(request_bytes(self._pool.server, "POST", dialect.path, body), sample, due)
         return sample

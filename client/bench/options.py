@@ -12,9 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from headrace.client.calls import DEFAULT_URL
 from headrace.engine.errors import UserError
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from headrace.client.bench.dialect import Dialect, Prompt, count_tokens, prompt_tokens_of, tokenize
 from headrace.client.bench.options import Options
-from headrace.client.bench.wire import Target
+from headrace.client.calls import Server
 from headrace.engine.errors import UserError
 
 MAX_PREPARED = 512
@@ -131,7 +131,7 @@ def _slice(pool: list[Item], rng: random.Random, length: int) -> list[Item]:
     return taken
 
 
-async def prepare(target: Target, dialect: Dialect, options: Options, words: list[str]) -> TokenPrompts | TextPrompts:
+async def prepare(server: Server, dialect: Dialect, options: Options, words: list[str]) -> TokenPrompts | TextPrompts:
     """The best prompts that this server allows. Raises `UserError`."""
     rng = random.Random(options.seed)
     longest = options.prompt_tokens[1] + options.shared_prefix
@@ -141,14 +141,14 @@ async def prepare(target: Target, dialect: Dialect, options: Options, words: lis
         ids: list[int] = []
         while len(ids) < wanted:
             piece = [words[(start + i) % len(words)] for i in range(_PIECE_WORDS)]
-            ids += await tokenize(target, dialect, " " + " ".join(piece), special=False)
+            ids += await tokenize(server, dialect, " " + " ".join(piece), special=False)
             start += _PIECE_WORDS
         return TokenPrompts(ids, options, rng)
     ratio = _GUESS_TOKENS_A_WORD
     if not dialect.tokenizer:
         text = " ".join(_slice(words, rng, 200))
-        ratio = (await prompt_tokens_of(target, dialect, text) or ratio * 200) / 200
+        ratio = (await prompt_tokens_of(server, dialect, text) or ratio * 200) / 200
     prompts = TextPrompts(words, options, rng, ratio)
     if dialect.tokenizer:
-        await prompts.fit(options.requests or MAX_PREPARED, lambda text: count_tokens(target, dialect, text))
+        await prompts.fit(options.requests or MAX_PREPARED, lambda text: count_tokens(server, dialect, text))
     return prompts

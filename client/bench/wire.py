@@ -12,10 +12,10 @@ import re
 import ssl
 from collections import deque
 from time import perf_counter
-from urllib.parse import urlsplit
 
 import msgspec
 
+from headrace.client.calls import Server
 from headrace.client.sse import Parser
 
 _HAS_TEXT = re.compile(rb'"(?:text|content|reasoning|reasoning_content)":\s*"[^"]')
@@ -24,38 +24,15 @@ _MAX_HEAD_BYTES = 64 << 10
 _CONNECT_TIMEOUT_S = 10.0
 
 
-class Target(msgspec.Struct, frozen=True):
-    """Where the server is."""
-
-    host: str
-    port: int
-    tls: bool
-    path: str
-    """What stands before `/v1/…`."""
-    api_key: str | None = None
-
-    @classmethod
-    def parse(cls, url: str, api_key: str | None = None) -> "Target":
-        """From `http://HOST:PORT`, with or without a final `/v1`; `ValueError` names what is wrong."""
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no address of a server: give one such as http://127.0.0.1:8000")
-        tls = parts.scheme == "https"
-        path = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, parts.port or (443 if tls else 80), tls, path, api_key)
-
-    def request(self, method: str, path: str, body: bytes = b"", close: bool = False) -> bytes:
-        """The bytes of one request."""
-        lines = [f"{method} {self.path}{path} HTTP/1.1", f"Host: {self.host}:{self.port}", "Accept: */*"]
-        if self.api_key:
-            lines.append(f"Authorization: Bearer {self.api_key}")
-        if body:
-            lines.append("Content-Type: application/json")
-        if body or method == "POST":
-            lines.append(f"Content-Length: {len(body)}")
-        if close:
-            lines.append("Connection: close")
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+def request_bytes(server: Server, method: str, path: str, body: bytes = b"", close: bool = False) -> bytes:
+    """One request as it goes over the wire. With `close` the server is to hang up after it."""
+    lines = [f"{method} {server.path}{path} HTTP/1.1", f"Host: {server.origin.partition('://')[2]}"]
+    lines += [f"{name}: {value}" for name, value in server.headers(bool(body)).items()]
+    if body or method == "POST":
+        lines.append(f"Content-Length: {len(body)}")
+    if close:
+        lines.append("Connection: close")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 class Sample:
@@ -272,14 +249,14 @@ def _verdict(sample: Sample, is_stream: bool) -> str | None:
 
 
 class Pool:
-    """Idle connections to one target; a new one is opened when none is idle."""
+    """Idle connections to one server; a new one is opened when none is idle."""
 
-    def __init__(self, target: Target, timeout_s: float) -> None:
-        self.target = target
+    def __init__(self, server: Server, timeout_s: float) -> None:
+        self.server = server
         self.timeout_s = timeout_s
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
-        self._tls = ssl.create_default_context() if target.tls else None
+        self._tls = ssl.create_default_context() if server.scheme == "https" else None
 
     async def open(self, count: int) -> None:
         """Have `count` idle connections. Raises `OSError`."""
@@ -335,18 +312,18 @@ class Pool:
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
-        making = loop.create_connection(Connection, self.target.host, self.target.port, ssl=self._tls)
+        making = loop.create_connection(Connection, self.server.host, self.server.port, ssl=self._tls)
         _, connection = await asyncio.wait_for(making, _CONNECT_TIMEOUT_S)
         return connection
 
 
-async def ask(target: Target, method: str, path: str, body: object = None, timeout_s: float = 60.0) -> tuple[int, bytes]:
+async def ask(server: Server, method: str, path: str, body: object = None, timeout_s: float = 60.0) -> tuple[int, bytes]:
     """One plain request on a connection of its own: (status, body). Raises `OSError` when the server cannot be reached or goes away."""
-    pool = Pool(target, timeout_s)
+    pool = Pool(server, timeout_s)
     sample = Sample()
     payload = b"" if body is None else msgspec.json.encode(body)
-    await pool.send(target.request(method, path, payload, close=True), sample)
+    await pool.send(request_bytes(server, method, path, payload, close=True), sample)
     pool.close()
     if sample.status == 0 or sample.error in ("disconnected", "timeout", "protocol"):
-        raise ConnectionError(f"no answer from http{'s' * target.tls}://{target.host}:{target.port}{path}: {sample.error}")
+        raise ConnectionError(f"no answer from {server.origin}{server.path}{path}: {sample.error}")
     return sample.status, bytes(sample.body)

@@ -20,7 +20,8 @@ import msgspec
 from processes import engine, shares
 
 from headrace.client.bench.machine import facts
-from headrace.client.bench.wire import Target, ask
+from headrace.client.bench.wire import ask
+from headrace.client.calls import Server
 
 SERVE = "import sys; from headrace.engine.cli import main; sys.argv[0] = 'headrace'; sys.exit(main())"
 SETTLE_S = 2.0
@@ -38,7 +39,7 @@ def one_round(words: list[str], idle_s: float) -> dict[str, Any]:
     with engine(SERVE, "serve", "--port", str(port), *words) as running:
         running.wait_until_ready()
         said = perf_counter() - began
-        status, _ = asyncio.run(ask(Target.parse(running.address), "GET", "/health/ready"))
+        status, _ = asyncio.run(ask(Server.parse(running.address, None), "GET", "/health/ready"))
         ready = perf_counter() - began
         if status != 200:
             raise SystemExit(f"the engine said that it was ready, but /health/ready answered {status}")

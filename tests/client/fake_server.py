@@ -55,6 +55,8 @@ class FakeServer:
         """Bodies of all generation requests."""
         self.disconnects = threading.Semaphore(0)
         """Released for every client that goes away during its answer."""
+        self.busy = threading.Semaphore(0)
+        """Released when a long answer (more than 1,000 tokens) has begun."""
         self.port = 0
         self._words: dict[str, int] = {}
 
@@ -158,6 +160,8 @@ class FakeServer:
             delta: dict[str, Any] = {"role": "assistant", "content": ""} if role else {"content": text} if text else {}
             return [{"index": 0, "finish_reason": finish, "logprobs": None} | ({"delta": delta} if chat else {"text": text})]
 
+        if total > 1000:
+            self.busy.release()
         try:
             if chat:
                 await send(choice("", None, role=True))

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import signal
 import socket
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from hypothesis import strategies as st
 from headrace.client import bench
 from headrace.client.bench.options import WORKLOADS, Options, from_arguments
 from headrace.client.bench.report import Report, spread
-from headrace.client.bench.wire import Connection, Sample, Target
+from headrace.client.bench.wire import Connection, Sample
+from headrace.client.calls import Server
 from headrace.engine.errors import UserError
 from tests.client.fake_server import TEMPLATE_TOKENS, Behaviour, serving
 
@@ -171,6 +175,23 @@ def test_a_silent_server_is_a_timeout() -> None:
     assert report.errors == {"timeout": 2}
 
 
+def test_ctrl_c_is_one_line_and_saves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    code = "import argparse, sys; from headrace.client import bench; parser = argparse.ArgumentParser(); bench.add_arguments(parser);"
+    code += "sys.exit(bench.run(parser.parse_args()))"
+    with serving(Behaviour(token_delay_s=0.01)) as server:
+        words = ["--url", server.url, "--output-tokens", "100000", "--warmup", "0", "--json", str(file)]
+        process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+        assert server.busy.acquire(timeout=20)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr
+        with process.stderr:
+            assert process.stderr.read().splitlines()[-1] == "headrace bench: interrupted, nothing saved"
+        assert server.disconnects.acquire(timeout=10)
+    assert not file.exists()
+
+
 def test_a_duration_ends_and_counts_what_it_started() -> None:
     with serving(Behaviour(token_delay_s=0.005)) as server:
         report = measured(server, requests=None, duration=0.4, concurrency=3)
@@ -308,7 +329,7 @@ def test_a_response_reads_the_same_however_it_is_cut(chunk_ends: list[int], data
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "://"])
 def test_an_address_that_is_none_is_named(url: str) -> None:
     with pytest.raises(ValueError, match="no address"):
-        Target.parse(url)
+        Server.parse(url, None)
 
 
 def test_the_chat_template_counts_towards_the_length() -> None:
