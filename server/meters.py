@@ -1,7 +1,7 @@
 """What the server measures of requests: latencies as a client sees them, up to the socket."""
 
-from headrace.engine.metrics import Metrics
 from headrace.engine.messages.frontend import End
+from headrace.engine.metrics import Metrics
 
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 

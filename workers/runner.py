@@ -21,7 +21,7 @@ from headrace.engine.process import Process, main
 from headrace.engine.sizes import parse_size
 from headrace.kernels.ops import KVPages, Ops, SamplingBatch
 from headrace.kernels.select import KernelsUnavailable, make_ops
-from headrace.workers.batch import Batch, build_batch
+from headrace.workers.batch import build_batch
 from headrace.workers.loader import open_checkpoint
 from headrace.workers.model.config import DecoderConfig
 from headrace.workers.model.decoder import Decoder
