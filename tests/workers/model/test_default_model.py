@@ -14,7 +14,17 @@ from tests.workers.model.drive import Drive, all_logits, greedy
 
 CLOSE = 1e-3
 
-SHORT = "The mill's wheel turns only while the headrace is full: gravity does the rest."
+SHORT = [504, 1663, 506, 8656, 6497, 805, 979, 260, 1680, 11617, 314, 2073, 42, 9354, 1072, 260, 1532, 30]
+"""The mill's wheel turns only while the headrace is full: gravity does the rest."""
+LIKELIEST = [29, 259, 2470, 314, 418, 645, 260, 1663, 314, 314, 4108, 28, 357, 314, 441, 746, 30, 198]
+HIGHEST = [
+    *(27.3534, 30.4136, 20.5806, 30.3714, 25.5456, 25.0179, 22.6217, 20.1975, 25.246),
+    *(26.5763, 24.98, 28.7142, 18.8839, 30.6635, 31.4426, 23.334, 33.3672, 20.0268),
+]
+CONTINUED = [198, 198, 504, 8656, 314, 253, 8656, 338]
+"""What transformers 5.23 says, in float32: the likeliest token after each of SHORT, its logit, and the greedy continuation. Recorded,
+as loading the file there takes long."""
+
 TEXTS = [
     "Water ran down the channel in the morning, and by noon the wheel had ground eleven sacks of rye. The miller's daughter wrote each "
     "of them into the ledger, with the name of the farmer, the weight and the price. Nobody had asked her to; she liked columns. "
@@ -61,10 +71,11 @@ def assert_same_greedy(oracle, decoder: Decoder, ids: list[int], count: int) -> 
     assert continued == chosen[len(ids) - 1 : -1].tolist()
 
 
-def test_a_sentence_gives_the_same_logits_and_the_next_tokens(oracle, tokenizer, decoder):
-    ids = tokenizer(SHORT)["input_ids"]
-    assert logits_differ_by(oracle, decoder, ids) < CLOSE
-    assert_same_greedy(oracle, decoder, ids, 8)
+def test_a_sentence_gives_the_recorded_logits_and_next_tokens(decoder):
+    highest, likeliest = all_logits(decoder, SHORT).max(-1)
+    assert likeliest.tolist() == LIKELIEST
+    assert (highest - torch.tensor(HIGHEST)).abs().max() < CLOSE
+    assert greedy(decoder, SHORT, len(CONTINUED)) == CONTINUED
 
 
 @pytest.mark.slow
@@ -75,16 +86,14 @@ def test_real_texts_give_the_same_logits_at_every_position_and_128_greedy_tokens
     assert_same_greedy(oracle, decoder, ids[:64], 128)
 
 
-@pytest.mark.slow
-def test_a_prompt_alone_and_in_a_batch_of_32_gives_the_same_logits_to_the_last_bit(tokenizer, decoder):
-    ids = tokenizer(SHORT)["input_ids"]
-    alone = all_logits(decoder, ids)
+def test_a_prompt_alone_and_in_a_batch_of_32_gives_the_same_logits_to_the_last_bit(decoder):
+    alone = all_logits(decoder, SHORT)
     drive = Drive(decoder, sequences=32, room=32, shuffle=1)
     others = [(sequence, [(sequence * 97 + place) % 49000 for place in range(1 + sequence % 7)]) for sequence in range(1, 32)]
-    work = [*others[:11], (0, ids), *others[11:]]
+    work = [*others[:11], (0, SHORT), *others[11:]]
     rows = sum(len(tokens) for _, tokens in others[:11])
     together = decoder.logits(torch.cat(drive.step(work)))
-    assert torch.equal(together[rows : rows + len(ids)], alone)
+    assert torch.equal(together[rows : rows + len(SHORT)], alone)
     drive = Drive(decoder)
-    chunked = torch.cat([decoder.logits(drive.step([(0, ids[begin : begin + 7])])[0]) for begin in range(0, len(ids), 7)])
+    chunked = torch.cat([decoder.logits(drive.step([(0, SHORT[begin : begin + 7])])[0]) for begin in range(0, len(SHORT), 7)])
     assert torch.equal(chunked, alone)
