@@ -104,7 +104,7 @@ PYTHON
 install_torch() {
     if has_gpu; then
         step "PyTorch with CUDA (some GB)" "${pip_install[@]}" "$torch_with_gpu"
-    elif ! "$python" -c 'import torch' 2>/dev/null; then
+    elif ! "$python" -c 'import importlib.metadata, torch; importlib.metadata.version("torch")' 2>/dev/null; then
         step "PyTorch for the CPU (about 200 MB)" "${pip_install[@]}" "$torch_without_gpu"
     fi
 }
