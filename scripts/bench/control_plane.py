@@ -111,22 +111,29 @@ async def direct(running: Engine, concurrency: int, requests: int, tokens: int) 
     before, began = running.usage(), perf_counter()
     await asyncio.gather(*(runner() for _ in range(concurrency)))
     seconds = perf_counter() - began
-    cpu = shares(before, running.usage(), seconds)
+    used = cpu(shares(before, running.usage(), seconds), total / seconds)
     client.close()
     return {
         "tokens_s": total / seconds,
         "ttft_ms_p50": median(first),
         "tpot_ms_p50": median(between) if between else None,
-        "cpu_shares": cpu,
+        "cpu": used,
     }
 
 
-def http(running: Engine, words: list[str], label: str, **load: Any) -> tuple[Report, dict[str, float]]:
+def http(running: Engine, words: list[str], label: str, **load: Any) -> tuple[Report, dict[str, dict[str, float]]]:
     meter = Meter(f"{label}: ", running)
-    options = Options(url=running.address, requests=None, seed=1, warmup=2, **load)
+    options = Options(url=running.address, requests=None, warmup=2, **load)
     report = summarize(uvloop.run(measure(options, words, meter)))
-    print(f"--- {label}\n{table(report)}\ncpu (of a core): {meter.cpu_shares}\n", flush=True)
-    return report, meter.cpu_shares
+    used = cpu(meter.cpu_shares, report.output_tok_s)
+    print(f"--- {label}\n{table(report)}\ncpu, us a token: {used['us_a_token']}\n", flush=True)
+    return report, used
+
+
+def cpu(cpu_shares: dict[str, float], tokens_s: float) -> dict[str, dict[str, float]]:
+    """CPU time by process: of a core, and for each token, which says more on a machine that others use as well."""
+    each = {name: round(share / tokens_s * 1e6, 1) for name, share in cpu_shares.items() if tokens_s}
+    return {"shares": cpu_shares, "us_a_token": each | {"all": round(sum(each.values()), 1)}}
 
 
 def main() -> int:
@@ -149,9 +156,10 @@ def main() -> int:
     }
     with engine(SERVE, json.dumps(settings)) as running:
         running.wait_until_ready()
-        for label, load in loads.items():
-            report, cpu = http(running, words, label, duration=arguments.seconds, **load)
-            result["http"][label] = msgspec.to_builtins(report) | {"cpu_shares": cpu}
+        for seed, (label, load) in enumerate(loads.items()):
+            # A seed for each: the same prompts again would be found in the prefix cache.
+            report, used = http(running, words, label, duration=arguments.seconds, seed=seed, **load)
+            result["http"][label] = msgspec.to_builtins(report) | {"cpu": used}
         for label, concurrency, requests in (("concurrency 1", 1, 6), ("concurrency 256", 256, 512)):
             result["direct"][label] = uvloop.run(direct(running, concurrency, requests, 256))
             print(f"--- direct, {label}\n{result['direct'][label]}\n", flush=True)
