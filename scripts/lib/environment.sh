@@ -1,6 +1,6 @@
 # The environment of a checkout: .venv, what is installed in it, and whether that is still right.
 #
-# Sourced by scripts/quickstart and scripts/test, which call `make_environment`, or `make_environment dev` for the tests as well.
+# Sourced by scripts/quickstart and scripts/test, which call `make_environment || exit`, with `dev` for the tests.
 # Everything printed goes to stderr. What was installed is written into stamps inside .venv, each the hash of what it was made
 # from; where the stamps agree nothing is run, so a second call costs a fraction of a second. Nothing outside the checkout is touched.
 
@@ -131,14 +131,14 @@ link_for_type_checkers() {
     done
 }
 
-# make_environment [dev]
-make_environment() {
+# make_environment [dev]. In a subshell: the caller's folder stays what it was.
+make_environment() (
     local extra=${1:-} packages native
     cd "$root" || exit 1
     make_venv
     packages=$(package_key) native=$(native_key)
     if stamped "packages$extra" "$packages" && stamped native "$native"; then
-        return
+        exit 0
     fi
     : >"$log"
     if stamped "packages$extra" "$packages"; then
@@ -158,4 +158,4 @@ make_environment() {
         fi
     fi
     stamp native "$native"
-}
+)
