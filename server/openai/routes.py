@@ -147,7 +147,8 @@ class OpenAIRoutes:
         timings = [Timing(self._meters, start) for _ in ids]
         sinks: list[Any]
         if body.stream:
-            sinks = [StreamedChoice(index, answer, timings[index], shape, echo) for index in range(count)]
+            scored = sampling.prompt_logprobs is not None
+            sinks = [StreamedChoice(index, answer, timings[index], shape, echo, scored) for index in range(count)]
         else:
             sinks = [Choice(index, answer, timings[index]) for index in range(count)]
 

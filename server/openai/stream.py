@@ -61,7 +61,7 @@ class Shape:
 class StreamedChoice:
     """One continuation: a `Sink` that writes chunks. While the stream is full its text waits here, in one piece."""
 
-    def __init__(self, index: int, answer: Answer, timing: Timing, shape: Shape, echo: bool) -> None:
+    def __init__(self, index: int, answer: Answer, timing: Timing, shape: Shape, echo: bool, scored_prompt: bool) -> None:
         self.finish: End | None = None
         self.prompt: Accepted | None = None
         self._index = index
@@ -69,6 +69,8 @@ class StreamedChoice:
         self._timing = timing
         self._shape = shape
         self._echo = echo
+        self._held = scored_prompt
+        """The prompt's scores are still to come, and its text must not go before them."""
         self._before = shape.before(index)
         self._after = shape.after()
         self._stream: EventStream | None = None
@@ -96,13 +98,14 @@ class StreamedChoice:
 
     def prompt_scores(self, message: PromptScores) -> None:
         self._scores = [*message.scores, *self._scores]
+        self._held = False
         self.flush()
 
     def text(self, text: str, count: int, scores: Scores | None, now: float) -> None:
         if count:
             self._timing.tokens(now)
         stream = self._stream
-        if scores is None and not self._text and not self._scores and stream is not None and not stream.full:
+        if scores is None and not self._text and not self._scores and not self._held and stream is not None and not stream.full:
             if text:
                 stream.write(self._before + _encode(text) + self._after)
                 self._offset += len(text)
@@ -123,7 +126,7 @@ class StreamedChoice:
     def flush(self) -> None:
         """Write what waits, if there is room."""
         stream = self._stream
-        if stream is None or stream.full or self._ended:
+        if stream is None or stream.full or self._ended or self._held:
             return
         if self._text or self._scores:
             logprobs = b"null"

@@ -28,19 +28,21 @@ def number(name: str, value: float | None, default: float, low: float, high: flo
     return value
 
 
-def whole(name: str, value: int | None, default: int, low: int, high: int | None = None) -> int:
-    """The same for whole numbers; `high` None sets no limit."""
+def whole(name: str, value: int | None, default: int, low: int, high: int = 2**31 - 1) -> int:
+    """The same for whole numbers."""
     if value is None:
         return default
-    if value < low or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise Refusal(f"{name}={value} is out of range: it must be {allowed}", name, code="out_of_range")
+    if not low <= value <= high:
+        shown = value if abs(value) < 10**20 else f"{str(value)[:20]}…"
+        allowed = f"at least {low}" if value < low and high == 2**31 - 1 else f"from {low} to {high}"
+        raise Refusal(f"{name}={shown} is out of range: it must be {allowed}", name, code="out_of_range")
     return value
 
 
 def choices(body: Generation) -> int:
     """How many continuations of each prompt are wanted."""
     count = whole("n", body.n, 1, 1, MOST_CHOICES)
+    whole("priority", body.priority, 0, -(2**31))
     if body.stream_options is not None and not body.stream:
         raise Refusal("stream_options needs stream=true", "stream_options")
     return count
@@ -50,7 +52,8 @@ def seeds(body: Generation, count: int) -> tuple[int, ...]:
     """A 64-bit seed for each of `count` continuations: consecutive ones from the client's, or random ones."""
     if body.seed is None:
         return tuple(secrets.randbits(64) for _ in range(count))
-    return tuple((body.seed + place) & 0xFFFFFFFFFFFFFFFF for place in range(count))
+    seed = whole("seed", body.seed, 0, -(2**63), 2**64 - 1)
+    return tuple((seed + place) & 0xFFFFFFFFFFFFFFFF for place in range(count))
 
 
 def stops(body: Generation) -> tuple[str, ...]:
@@ -70,8 +73,8 @@ def sampling(body: Generation, max_tokens: int | None, logprobs: int | None, pro
         raise Refusal(f"min_tokens={min_tokens} exceeds max_tokens={max_tokens}", "min_tokens")
     stop_ids = tuple(body.stop_token_ids or ())
     for token in stop_ids:
-        whole("stop_token_ids", token, 0, 0, 2**31 - 1)
-    top_k = whole("top_k", body.top_k, 0, -1, 2**31 - 1)
+        whole("stop_token_ids", token, 0, 0)
+    top_k = whole("top_k", body.top_k, 0, -1)
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
