@@ -1,41 +1,57 @@
-"""The one schema of every setting: flags, environment and the TOML file all fill this struct.
+"""The one schema of every setting: flags, environment and the TOML file all fill this struct (see `engine.settings`).
 
-The supervisor validates it once and hands it, with the resolved model, to every child.
+The supervisor validates it once and hands it, with the resolved model, to every child. A setting's name here is its key in the TOML
+file; the flag is `--like-this`, the environment variable `HEADRACE_LIKE_THIS`. Its description is the flag's help.
 """
 
+from typing import Annotated, Literal
+
 import msgspec
+from msgspec import Meta
+
+
+def _about(description: str, metavar: str | None = None) -> Meta:
+    return Meta(description=description, extra={"metavar": metavar})
+
+
+Count = Annotated[int, Meta(ge=1)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of one engine. Names are the flags' names with `_` for `-`."""
+    """Settings of one engine."""
 
-    model: str | None = None
-    """A directory, a GGUF file or a hub name; None is the embedded default."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    served_model_name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    threads: int | None = None
-    """Compute threads of a worker; None is one a physical core."""
-    kernels: str = "auto"
-    activations: str = "f32"
-    max_context: int | None = None
-    """Most tokens of prompt and output together; None is the model's own limit."""
-    page_size: int = 16
-    """Tokens a KV page."""
-    kv_memory: str | None = None
-    """Memory for KV pages of each worker, such as "2GiB"; None chooses from what is free."""
-    prefix_cache: bool = True
-    max_running: int = 256
-    """Most requests in one step."""
-    max_step_tokens: int = 512
-    """Token budget of one step."""
-    max_waiting: int = 1024
-    """Most queued requests before new ones get 429."""
-    tokenizers: int = 1
-    tensor_parallel: int = 1
-    drain_timeout: float = 30.0
-    """Seconds that running requests get to finish after SIGTERM."""
-    log_level: str = "info"
+    model: Annotated[str | None, _about("a GGUF file, a model directory or a hub name as org/name; the embedded default without one")] = (
+        None
+    )
+    revision: Annotated[str | None, _about("branch, tag or commit of a hub model", "REF")] = None
+    served_model_name: Annotated[str | None, _about("name that clients ask for; from the model's files without one", "NAME")] = None
+    host: Annotated[str, _about("address to listen on; 0.0.0.0 for every one", "ADDRESS")] = "127.0.0.1"
+    port: Annotated[Annotated[int, Meta(ge=0, le=65535)], _about("port to listen on; 0 takes a free one")] = 8000
+    api_key: Annotated[str | None, _about("bearer token that every request must bring; HEADRACE_API_KEY keeps it out of `ps`", "KEY")] = (
+        None
+    )
+    threads: Annotated[Count | None, _about("compute threads of a worker; one a physical core without it")] = None
+    kernels: Annotated[
+        Literal["auto", "reference", "cpu", "triton"],
+        _about("implementation of the model's operations: the fastest that runs here, or a named one"),
+    ] = "auto"
+    activations: Annotated[Literal["f32", "int8"], _about("number format between the model's operations")] = "f32"
+    max_context: Annotated[
+        Count | None, _about("most tokens of prompt and output together; the model's own limit without it", "TOKENS")
+    ] = None
+    page_size: Annotated[Annotated[int, Meta(ge=8, le=256)], _about("tokens a KV page, a power of two", "TOKENS")] = 16
+    kv_memory: Annotated[
+        str | None, _about('memory for KV pages of each worker, such as "2GiB"; chosen from what is free without it', "SIZE")
+    ] = None
+    prefix_cache: Annotated[bool, _about("keep the KV pages of finished requests for those that begin alike")] = True
+    max_running: Annotated[Count, _about("most requests in one step")] = 256
+    max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 512
+    max_waiting: Annotated[Count, _about("most queued requests; further ones get 429")] = 1024
+    tokenizers: Annotated[Annotated[int, Meta(ge=1, le=64)], _about("tokenizer processes")] = 1
+    tensor_parallel: Annotated[Count, _about("workers that share each layer of the model")] = 1
+    drain_timeout: Annotated[Annotated[float, Meta(ge=0)], _about("time that running requests get to finish after SIGTERM", "SECONDS")] = (
+        30.0
+    )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], _about("least severe messages to log; debug adds traces to errors")
+    ] = "info"
