@@ -87,8 +87,9 @@ class ChatTemplates:
         if not self._templates and self.fault is None:
             self.fault = "the model has no chat template: use /v1/completions with a plain prompt"
 
-    def __bool__(self) -> bool:
-        return bool(self._templates)
+    @property
+    def usable(self) -> bool:
+        return self.fault is None
 
     def render(self, prompt: ChatPrompt) -> str:
         """The conversation as text. Rejection when it is malformed, or refused by the template."""

@@ -4,12 +4,12 @@
 gets them, and may hold the chat template, which may also lie in `chat_template.jinja` or `chat_template.json`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from headrace.engine.checkpoint.hf import read_json
 from headrace.engine.errors import UserError
 from headrace.tokenizer_proc.parts import Parts
 
@@ -27,7 +27,7 @@ def parts_from_directory(directory: Path) -> Parts:
         raise UserError(f"{path} is no tokenizer ({error}): get the file again") from None
     backend.no_truncation()
     backend.no_padding()
-    config = _read_json(directory / "tokenizer_config.json")
+    config = _read_optional(directory / "tokenizer_config.json")
     names = {name: text for name in NAMES if (text := _content(config.get(name)))}
     _add_tokens(backend, config, names)
     prefix, suffix = _added_around(backend)
@@ -36,17 +36,9 @@ def parts_from_directory(directory: Path) -> Parts:
     return Parts(backend, prefix, suffix, _templates(directory, config), names)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_optional(path: Path) -> dict[str, Any]:
     """The object in a file; empty when there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): get the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: get the file again")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:
@@ -87,7 +79,7 @@ def _overruled(flag: Any, token: str | None, ids: tuple[int, ...], backend: Toke
 
 
 def _templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    found = _read_json(directory / "chat_template.json").get("chat_template") or config.get("chat_template")
+    found = _read_optional(directory / "chat_template.json").get("chat_template") or config.get("chat_template")
     if (path := directory / "chat_template.jinja").exists():
         found = path.read_text(encoding="utf-8")
     if isinstance(found, str):

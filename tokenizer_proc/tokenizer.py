@@ -366,7 +366,7 @@ class TokenizerActor:
     def _card(self, call: int) -> ModelCard:
         model = self._process.model
         created = int(Path(model.path).stat().st_mtime)
-        return ModelCard(call, model.name, model.context, model.vocab_size, bool(self._templates), created)
+        return ModelCard(call, model.name, model.context, model.vocab_size, self._templates.usable, created)
 
 
 def collect(live: Live, text: Text) -> None:
