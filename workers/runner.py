@@ -9,23 +9,22 @@ Run as `python -m headrace.workers.runner`, one process a rank.
 import os
 import time
 
-import numpy as np
 import torch
 
 from headrace.engine.errors import UserError
 from headrace.engine.ledger.ledger import Row
 from headrace.engine.ledger.sequence import Sequence
+from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import ToWorker
 from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
 from headrace.engine.process import Process, main
 from headrace.engine.sizes import parse_size
-from headrace.kernels.ops import KVPages, Ops, SamplingBatch
+from headrace.kernels.ops import SamplingBatch
 from headrace.kernels.select import KernelsUnavailable, make_ops
 from headrace.workers.batch import build_batch
 from headrace.workers.loader import open_checkpoint
 from headrace.workers.model.config import DecoderConfig
-from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.families import describe
+from headrace.workers.model.decoder import Decoder, load_decoder
 from headrace.workers.worker import Outcome, Worker, rank_of
 
 MOST_KV_BYTES = 4 << 30
@@ -38,20 +37,18 @@ SCORED_ROWS = 64
 class ModelRunner:
     """Computes rows with a decoder. Memory for pages is claimed from the system only when they are first written."""
 
-    def __init__(self, decoder: Decoder, ops: Ops, config: DecoderConfig, pages: int, page_size: int) -> None:
+    def __init__(self, decoder: Decoder, pages: int, page_size: int) -> None:
         self.pages = pages
         self.page_size = page_size
         self._decoder = decoder
-        self._ops = ops
-        self._device = torch.device("cpu")
-        shape = (pages, config.kv_heads, page_size, config.head_dim)
-        self._kv = [KVPages(_lazy_zeros(shape), _lazy_zeros(shape)) for _ in config.layers]
+        self._ops = decoder.ops
+        self._kv = decoder.new_kv(pages, page_size)
 
     @torch.inference_mode()
     def step(self, rows: list[Row]) -> Outcome:
         """See `Runner.step`."""
         begun = time.perf_counter_ns()
-        batch = build_batch(rows, self.page_size, self._device)
+        batch = build_batch(rows, self.page_size, self._decoder.device)
         prepared = time.perf_counter_ns()
         hidden = self._decoder.forward(batch.ids, batch.extents, self._kv)
         emitting = [row for row in rows if row.emits]
@@ -71,22 +68,13 @@ class ModelRunner:
         outcome.sample_ns = time.perf_counter_ns() - forwarded
         return outcome
 
-    def warm_up(self, vocab_size: int) -> None:
+    @torch.inference_mode()
+    def warm_up(self) -> None:
         """Run a few tokens through page 0, so that the first request does not pay for what is set up on first use."""
-        for length in (1, 8):
-            positions = torch.arange(length, dtype=torch.int32)
-            from headrace.kernels.ops import Extents
-
-            extents = Extents(
-                positions,
-                positions,
-                torch.tensor([0, length], dtype=torch.int32),
-                torch.tensor([length], dtype=torch.int32),
-                torch.zeros((1, 1), dtype=torch.int32),
-            )
-            ids = torch.full((length,), min(1, vocab_size - 1), dtype=torch.int32)
-            with torch.inference_mode():
-                self._decoder.logits(self._decoder.forward(ids, extents, self._kv)[:1])
+        for length in (1, 2 * self.page_size):
+            sequence = Sequence(0, [0] * length, [], Sampling(max_tokens=1, temperature=0.0), 0, frozenset())
+            sequence.pages = [min(page, self.pages - 1) for page in range(2)]
+            self.step([Row(sequence, 0, length, emits=True)])
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence], outcome: Outcome) -> None:
         """Choose a token for each row of logits."""
@@ -145,12 +133,7 @@ def _penalizes(sequence: Sequence) -> bool:
     return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
-def _lazy_zeros(shape: tuple[int, ...]) -> torch.Tensor:
-    """float32 zeros whose memory the system hands out when it is first touched."""
-    return torch.from_numpy(np.zeros(shape, np.float32))
-
-
-def page_count(config: DecoderConfig, context: int, page_size: int, kv_memory: str | None) -> int:
+def page_count(config: DecoderConfig, page_size: int, kv_memory: str | None) -> int:
     """How many KV pages to have. `UserError` when not even one page fits."""
     page_bytes = 2 * 4 * len(config.layers) * config.kv_heads * config.head_dim * page_size
     if kv_memory is None:
@@ -166,19 +149,15 @@ def page_count(config: DecoderConfig, context: int, page_size: int, kv_memory: s
 
 async def build(process: Process) -> Worker:
     """Load the model and warm it up."""
-    config = process.config
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config, model = process.config, process.model
     try:
-        ops = make_ops(config.kernels, torch.device("cpu"), config.threads)
+        ops = make_ops(config.kernels, threads=config.threads)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
-    checkpoint = open_checkpoint(process.model)
-    described, names = describe(process.model, checkpoint)
-    decoder = Decoder(described, names, checkpoint, ops, process.model.context)
-    pages = page_count(described, process.model.context, config.page_size, config.kv_memory)
-    runner = ModelRunner(decoder, ops, described, pages, config.page_size)
-    runner.warm_up(described.vocab_size)
+    decoder = load_decoder(model.architecture, open_checkpoint(model), ops, model.context)
+    runner = ModelRunner(decoder, page_count(decoder.config, config.page_size, config.kv_memory), config.page_size)
+    runner.warm_up()
+    pages = runner.pages
     process.detail = f"{ops.name} kernels, {pages} pages of {config.page_size} tokens"
     return Worker(process, rank_of(process.name), runner)
 

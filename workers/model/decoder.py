@@ -9,6 +9,7 @@ It never touches an activation itself, so that the ops may run at once, natively
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from headrace.engine.errors import UserError
@@ -66,10 +67,15 @@ class Decoder:
         self.layers = [load.layer(index, tables[id(layer.rope)]) for index, layer in enumerate(config.layers)]
 
     def new_kv(self, pages: int, page_size: int) -> list[KVPages]:
-        """Room for `pages` pages of `page_size` tokens in every layer, float32, filled with zeros."""
+        """Room for `pages` pages of `page_size` tokens in every layer, float32, filled with zeros.
+
+        On a CPU the system hands the memory out when a page is first written, so that unused room costs nothing.
+        """
         shape = (pages, self.config.kv_heads, page_size, self.config.head_dim)
 
         def room() -> torch.Tensor:
+            if self.device.type == "cpu":
+                return torch.from_numpy(np.zeros(shape, np.float32))
             return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
         return [KVPages(room(), room()) for _ in self.layers]
