@@ -110,12 +110,10 @@ def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
         uvloop.run(_live(process, union, build))
     except UserError as error:
         fatal = process.context.socket(zmq.PUSH)
-        fatal.setsockopt(zmq.LINGER, 1000)
         fatal.connect(process.address(SUPERVISOR))
         fatal.send(msgspec.msgpack.encode(Fatal(name, str(error))))
-        fatal.close()
-        process.post.close()
-        process.context.term()
+        # Closes the mailbox too, which the error's traceback keeps alive.
+        process.context.destroy(linger=1000)
         sys.exit(EXIT_FATAL)
 
 

@@ -6,21 +6,26 @@ taken back. The match that ends first wins (of those, the one that starts first)
     "…and th" │ "e En" │ "d."   stop "the End":   "…and " │ "" │ match
 """
 
+import re
+
 
 class StopFinder:
     """Finds the first of some stop strings in one request's text."""
 
-    __slots__ = ("_held", "_include", "_stops", "matched")
+    __slots__ = ("_begins", "_held", "_include", "_stops", "matched")
 
     def __init__(self, stops: tuple[str, ...], include: bool) -> None:
         self._stops = stops
         self._include = include
+        self._begins = re.compile("[" + "".join(re.escape(stop[0]) for stop in stops) + "]").search
         self._held = ""
         self.matched: str | None = None
         """The stop string that was found."""
 
     def feed(self, text: str) -> str:
         """The text that may be shown now. After a match it ends before the stop string, or with it when stops are included."""
+        if not self._held and not self._begins(text):
+            return text
         text = self._held + text
         self._held = ""
         first: tuple[int, int] | None = None
