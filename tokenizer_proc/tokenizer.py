@@ -10,6 +10,7 @@ with the tokens it has.
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -402,6 +403,8 @@ class Meters:
 
 async def build(process: Process) -> TokenizerActor:
     """Load the model's tokenizer. UserError when it cannot be used."""
+    # One text at a time is encoded: a thread pool of the library's own would only take cores from the workers.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     model = process.model
     parts = load_parts(model)
     tokenizer = Tokenizer(parts, model.vocab_size, model.context)

@@ -31,7 +31,8 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool) -> list[int]:
         """The ids of `text`, with BOS and the like around them if `add_special`. Rejection when the text is not Unicode."""
         try:
-            ids = self.backend.encode(text, add_special_tokens=False).ids
+            # The batch call leaves out the offsets of tokens, which take half of the time.
+            ids = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeEncodeError):
             raise Rejection("the text holds half of a surrogate pair: send valid Unicode", code="invalid_unicode") from None
         return [*self.prefix, *ids, *self.suffix] if add_special else ids
