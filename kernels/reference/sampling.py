@@ -7,25 +7,34 @@ Tokens stand in one fixed order: by falling logit, equal ones by id. Each filter
 that the filter before it left (renormalized). top k keeps exactly k tokens. The draw walks the prefix until the running sum of the
 probabilities exceeds the random number. Temperature 0 takes the first token and looks at no filter.
 
-Rows are worked on one at a time, with steps that `exact.py` calls safe, so a row's result never depends on the others to the
-last bit. The head of the order is usually enough; when it is not, the whole row is sorted and the result is the same.
+Rows are worked on one at a time and probabilities are added as integers, so a row's result never depends on the others, on threads
+or on the order of a sum, to the last bit. The head of the order is usually enough; when it is not, the whole row is sorted and the
+result is the same. numpy does what is not a kernel's work: it needs no threads, and finds, parts and sorts much faster than torch.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from headrace.kernels.ops import Sampled, SamplingBatch
 from headrace.kernels.philox import uniform
 from headrace.kernels.reference import exact
 
-HEAD = 1024
-"""Tokens that are put in order before anybody asks for more."""
+HEADS = (1024, 8192)
+"""How many tokens are put in order first, and next, before it is all of them."""
 
-CHUNK = 16384
-"""Elements worked on at once: they stay in the cache, and torch wakes no threads for so few."""
+CHUNK = 32768
+"""Most elements worked on at once: torch wakes no threads for so few, whose stalls cost more than they gain."""
+
+UNIT = float(1 << 44)
+"""What a probability of 1, before it is normalized, is as an integer: the sum over 2^19 tokens still fits."""
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
 
 Scores = tuple[float, list[int], list[float]]
 """A token's logprob, then ids and logprobs of the most likely tokens."""
@@ -33,32 +42,46 @@ Scores = tuple[float, list[int], list[float]]
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     """See `Ops.sample`. Raises FloatingPointError, which names the row, for logits that contain NaN or are all minus infinity."""
-    rows = logits.shape[0]
-    tokens = [0] * rows
-    plain = [row for row in range(rows) if batch.temperature[row] == 0 and not _adjusts(batch, row)]
-    if plain:
-        values = logits if len(plain) == rows else logits[plain]
-        chosen = values.argmax(-1)
-        for row, token, value in zip(plain, chosen.tolist(), values.gather(1, chosen[:, None])[:, 0].tolist(), strict=True):
-            _check(value, row)
-            tokens[row] = token
-    for row in sorted(set(range(rows)).difference(plain)):
-        values = logits[row].cpu()
-        _check(values.amax().item(), row)
-        if _adjusts(batch, row):
-            values = _adjusted(values, batch, row)
-        if batch.temperature[row] == 0:
-            tokens[row] = int(values.argmax().item())
-        else:
-            number = uniform(batch.seed[row], batch.position[row])
-            tokens[row] = _draw(values, number, batch.temperature[row], batch.top_k[row], batch.top_p[row], batch.min_p[row], row)
-    scores = [None if top is None else _scores(logits[row].cpu(), tokens[row], top, row) for row, top in enumerate(batch.logprobs)]
+    if logits.device.type != "cpu" and all(_is_plain(batch, row) and batch.logprobs[row] is None for row in range(len(logits))):
+        return Sampled(_greedy_on_device(logits), [None] * len(logits))
+    tokens: list[int] = []
+    scores: list[Scores | None] = []
+    for row, values in enumerate(logits.cpu().numpy()):
+        tokens.append(_choose(values, batch, row))
+        top = batch.logprobs[row]
+        scores.append(None if top is None else _scores(values, tokens[row], top, row))
     return Sampled(tokens, scores)
 
 
 def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Scores]:
     """See `Ops.score`. Raises FloatingPointError as `sample` does."""
-    return [_scores(logits[row].cpu(), token, top, row) for row, token in enumerate(tokens)]
+    return [_scores(values, token, top, row) for row, (values, token) in enumerate(zip(logits.cpu().numpy(), tokens, strict=True))]
+
+
+def _is_plain(batch: SamplingBatch, row: int) -> bool:
+    return batch.temperature[row] == 0 and not _adjusts(batch, row)
+
+
+def _greedy_on_device(logits: torch.Tensor) -> list[int]:
+    """The lowest id among the largest logits of each row, without copying them from the device."""
+    chosen = logits.argmax(-1, keepdim=True)
+    for row, value in enumerate(logits.gather(1, chosen)[:, 0].tolist()):
+        _check(value, row)
+    return chosen[:, 0].tolist()
+
+
+def _choose(values: Floats, batch: SamplingBatch, row: int) -> int:
+    """One row's token."""
+    best = int(values.argmax())
+    _check(values[best], row)
+    if _adjusts(batch, row):
+        values = _adjusted(values, batch, row)
+        best = int(values.argmax())
+        _check(values[best], row)
+    if batch.temperature[row] == 0:
+        return best
+    number = uniform(batch.seed[row], batch.position[row])
+    return _draw(values, number, batch.temperature[row], batch.top_k[row], batch.top_p[row], batch.min_p[row])
 
 
 def _check(largest: float, row: int) -> None:
@@ -78,84 +101,99 @@ def _adjusts(batch: SamplingBatch, row: int) -> bool:
     return batch.repetition_penalty[row] != 1 or _penalizes(batch, row) or bool(batch.logit_bias[row]) or bool(batch.banned[row])
 
 
-def _adjusted(values: torch.Tensor, batch: SamplingBatch, row: int) -> torch.Tensor:
+@np.errstate(over="ignore")
+def _adjusted(values: Floats, batch: SamplingBatch, row: int) -> Floats:
     """A copy of the logits [V] with penalties, bias and bans."""
-    values = values.clone()
-    if (penalty := batch.repetition_penalty[row]) != 1:
-        seen = torch.tensor(list({*batch.prompt[row], *batch.output[row]}), dtype=torch.int64)
-        found = values[seen]
-        values[seen] = torch.where(found > 0, found / penalty, found * penalty)
+    values = values.copy()
+    if (penalty := batch.repetition_penalty[row]) != 1 and (seen := {*batch.prompt[row], *batch.output[row]}):
+        ids = np.fromiter(seen, np.int64)
+        found = values[ids]
+        values[ids] = np.where(found > 0, found / np.float32(penalty), found * np.float32(penalty))
     if _penalizes(batch, row) and (counts := Counter(batch.output[row])):
         presence, frequency = batch.presence_penalty[row], batch.frequency_penalty[row]
-        less = torch.tensor([presence + frequency * count for count in counts.values()], dtype=torch.float32)
-        values[torch.tensor(list(counts), dtype=torch.int64)] -= less
+        less = np.array([presence + frequency * count for count in counts.values()], np.float32)
+        values[np.fromiter(counts, np.int64)] -= less
     for token, bias in batch.logit_bias[row]:
-        values[token] += bias
+        values[token] += np.float32(bias)
     if batch.banned[row]:
-        values[torch.tensor(list(batch.banned[row]), dtype=torch.int64)] = -math.inf
+        values[np.array(batch.banned[row], np.int64)] = -math.inf
     return values
 
 
-def _draw(values: torch.Tensor, number: float, temperature: float, top_k: int, top_p: float, min_p: float, row: int) -> int:
+def _draw(values: Floats, number: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
     """The token that the random number in [0, 1) falls on."""
-    values, largest = _bounded(values, row)
-    size = values.shape[0]
+    values, largest = _bounded(values)
+    size, weights, mass = len(values), None, 0
     if 0 < top_k < size:
-        limit, attempts, mass = top_k, [top_k], None
+        limit, attempts = top_k, [top_k]
     else:
-        limit, attempts, mass = size, sorted({min(HEAD, size), size}), _weight_sum(values, largest, temperature)
+        limit, attempts = size, [*(head for head in HEADS if head < size), size]
+        weights = _weights(values, largest, temperature)
+        mass = int(weights.sum())
     for count in attempts:
-        ids, ordered = _ordered(values, count)
-        exponents = (ordered - largest) / temperature
-        sums = exact.exp(exponents).double().cumsum(0)
-        everything = sums[-1].item() if mass is None else mass
-        kept, ends_here = count, count == limit
-        if top_p < 1 and (ends_here or sums[-1].item() >= top_p * everything):
-            kept, ends_here = min(int(torch.searchsorted(sums, top_p * everything).item()) + 1, count), True
-        if min_p > 0:
-            likely = int((exponents >= math.log(min_p)).sum().item())
-            kept, ends_here = min(kept, likely), ends_here or likely < count
-        filtered = top_p < 1 or min_p > 0
-        if filtered and not ends_here:
+        ids = _ordered(values, count)
+        if weights is None:
+            sums = _weights(values[ids], largest, temperature).cumsum()
+            mass = int(sums[-1])
+        else:
+            sums = weights[ids].cumsum()
+        # Do the filters keep a prefix that ends within what was put in order?
+        kept, complete = count, count == limit
+        if top_p < 1 and sums[-1] >= (reach := min(math.ceil(top_p * mass), mass)):
+            kept, complete = int(sums.searchsorted(reach)) + 1, True
+        if min_p > 0 and (likely := int((_exponents(values[ids], largest, temperature) >= math.log(min_p)).sum())) < count:
+            kept, complete = min(kept, likely), True
+        if complete:
+            mass = int(sums[kept - 1])
+        elif top_p < 1 or min_p > 0:
             continue
-        place = int(torch.searchsorted(sums[:kept], number * (sums[kept - 1].item() if filtered else everything), right=True).item())
-        if place < kept:
-            return int(ids[place].item())
-        if ends_here:
-            # Two orders of one sum may differ in the last bit: the draw fell behind the last token that has any probability.
-            return int(ids[torch.searchsorted(sums[:kept], sums[kept - 1])].item())
+        # The product of integers is exact, so that it stays below the mass.
+        target = int(number * (1 << 53)) * mass >> 53
+        if (place := int(sums.searchsorted(target, side="right"))) < kept:
+            return int(ids[place])
     raise AssertionError("the last attempt holds every token")
 
 
-def _scores(values: torch.Tensor, token: int, top: int, row: int) -> Scores:
-    values, largest = _bounded(values, row)
-    total = math.log(_weight_sum(values, largest, 1.0))
-    ids, ordered = _ordered(values, min(top, values.shape[0]))
-    return values[token].item() - largest - total, ids.tolist(), [value - largest - total for value in ordered.tolist()]
+def _scores(values: Floats, token: int, top: int, row: int) -> Scores:
+    _check(values.max(), row)
+    raw, (values, largest) = values, _bounded(values)
+    total = math.log(int(_weights(values, largest, 1.0).sum()) / UNIT)
+    ids = _ordered(raw, min(top, len(values)))
+    return float(values[token]) - largest - total, ids.tolist(), [value - largest - total for value in values[ids].tolist()]
 
 
-def _bounded(values: torch.Tensor, row: int) -> tuple[torch.Tensor, float]:
+def _bounded(values: Floats) -> tuple[Floats, float]:
     """Logits whose largest is finite, and that largest one. Infinite logits share the whole probability between them."""
-    largest = values.amax().item()
-    _check(largest, row)
+    largest = float(values.max())
     if largest == math.inf:
-        return torch.where(values == math.inf, 0.0, -math.inf), 0.0
+        return np.where(values == math.inf, np.float32(0), np.float32(-math.inf)), 0.0
     return values, largest
 
 
-def _weight_sum(values: torch.Tensor, largest: float, temperature: float) -> float:
-    """Sum of exp((value - largest) / temperature), in an order that only the number of values decides."""
-    return sum(exact.row_sum(exact.exp((part - largest) / temperature).double()).item() for part in values.split(CHUNK))
+def _exponents(values: Floats, largest: float, temperature: float) -> Floats:
+    with np.errstate(over="ignore"):
+        return (values - np.float32(largest)) / np.float32(temperature)
 
 
-def _ordered(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `count` ids of the order of tokens, and their logits."""
+def _weights(values: Floats, largest: float, temperature: float) -> Integers:
+    """e^((value - largest) / temperature) as integers, in units of 1 / UNIT: their sums are exact in any order."""
+    weights = np.empty(len(values), np.int64)
+    for start in range(0, len(values), CHUNK):
+        part = torch.from_numpy(_exponents(values[start : start + CHUNK], largest, temperature))
+        weights[start : start + CHUNK] = exact.exp(part).mul_(UNIT).numpy()
+    return weights
+
+
+def _ordered(values: Floats, count: int) -> Integers:
+    """The first `count` ids of the order of tokens."""
+    size = len(values)
     if count == 0:
-        return torch.empty(0, dtype=torch.int64), values[:0]
-    if count > HEAD:
-        ordered, ids = torch.sort(values, descending=True, stable=True)
-        return ids[:count], ordered[:count]
-    # `topk` breaks ties as it likes: it is only asked where the head ends.
-    ids = (values >= values.topk(count, sorted=False).values.amin()).nonzero()[:, 0]
-    ordered, places = torch.sort(values[ids], descending=True, stable=True)
-    return ids[places[:count]], ordered[:count]
+        return np.empty(0, np.int64)
+    if count > size // 2:
+        ids = np.arange(size)
+    else:
+        ids = np.flatnonzero(values >= np.partition(values, size - count)[size - count])
+    # Logit and id in one integer, which sorts faster: the bits of floats rise as the floats do, save that negative ones fall.
+    bits = values[ids].view(np.int32).astype(np.int64)
+    rank = np.where(bits < 0, bits & 0x7FFFFFFF, -bits)
+    return np.sort((rank << 32) + ids)[:count] & 0xFFFFFFFF
