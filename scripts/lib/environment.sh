@@ -72,7 +72,9 @@ has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
 pip_install=("$python" -m pip install --progress-bar off)
 
 # What the native kernels are made from; what the installed packages are chosen by.
-native_key() { (cd "$root" && cat pyproject.toml CMakeLists.txt kernels/cpu/*.cpp kernels/cpu/*.h 2>/dev/null | sha256sum | cut -d ' ' -f 1); }
+native_key() {
+    (cd "$root" && { cat pyproject.toml CMakeLists.txt && find kernels/cpu -name '*.cpp' -o -name '*.h' | sort | xargs cat; } | sha256sum | cut -d ' ' -f 1)
+}
 package_key() {
     (cd "$root" && { cat pyproject.toml scripts/lib/environment.sh; echo "$root"; readlink -f "$python"; } | sha256sum | cut -d ' ' -f 1)
 }

@@ -9,6 +9,7 @@ With `--once PROMPT` the server listens on a free port and is stopped after the 
 import argparse
 import ctypes
 import http.client
+import os
 import shlex
 import signal
 import socket
@@ -30,9 +31,10 @@ PR_SET_PDEATHSIG = 1
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", allow_abbrev=False, add_help=False)
     parser.add_argument("--once", metavar="PROMPT")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--api-key")
+    # What the server would take from the environment, this program must know as well.
+    parser.add_argument("--host", default=os.environ.get("HEADRACE_HOST", "127.0.0.1"))
+    parser.add_argument("--port", type=int, default=os.environ.get("HEADRACE_PORT"))
+    parser.add_argument("--api-key", default=os.environ.get("HEADRACE_API_KEY"))
     options, rest = parser.parse_known_args(arguments)
     if options.port is None:
         options.port = 0 if options.once is not None else 8000
