@@ -42,7 +42,8 @@ Scores = tuple[float, list[int], list[float]]
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     """See `Ops.sample`. Raises FloatingPointError, which names the row, for logits that contain NaN or are all minus infinity."""
-    if logits.device.type != "cpu" and all(_is_plain(batch, row) and batch.logprobs[row] is None for row in range(len(logits))):
+    plain = (_is_greedy(batch, row) and not _adjusts(batch, row) and batch.logprobs[row] is None for row in range(len(logits)))
+    if logits.device.type != "cpu" and all(plain):
         return Sampled(_greedy_on_device(logits), [None] * len(logits))
     tokens: list[int] = []
     scores: list[Scores | None] = []
@@ -58,8 +59,9 @@ def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Scores]
     return [_scores(values, token, top, row) for row, (values, token) in enumerate(zip(logits.cpu().numpy(), tokens, strict=True))]
 
 
-def _is_plain(batch: SamplingBatch, row: int) -> bool:
-    return batch.temperature[row] == 0 and not _adjusts(batch, row)
+def _is_greedy(batch: SamplingBatch, row: int) -> bool:
+    """A temperature may be so small that float32 has no other name for it than 0."""
+    return np.float32(batch.temperature[row]) == 0
 
 
 def _greedy_on_device(logits: torch.Tensor) -> list[int]:
@@ -78,7 +80,7 @@ def _choose(values: Floats, batch: SamplingBatch, row: int) -> int:
         values = _adjusted(values, batch, row)
         best = int(values.argmax())
         _check(values[best], row)
-    if batch.temperature[row] == 0:
+    if _is_greedy(batch, row):
         return best
     number = uniform(batch.seed[row], batch.position[row])
     return _draw(values, number, batch.temperature[row], batch.top_k[row], batch.top_p[row], batch.min_p[row])
@@ -107,8 +109,8 @@ def _adjusted(values: Floats, batch: SamplingBatch, row: int) -> Floats:
     values = values.copy()
     if (penalty := batch.repetition_penalty[row]) != 1 and (seen := {*batch.prompt[row], *batch.output[row]}):
         ids = np.fromiter(seen, np.int64)
-        found = values[ids]
-        values[ids] = np.where(found > 0, found / np.float32(penalty), found * np.float32(penalty))
+        found = values[ids].astype(np.float64)
+        values[ids] = np.where(found > 0, found / penalty, found * penalty)
     if _penalizes(batch, row) and (counts := Counter(batch.output[row])):
         presence, frequency = batch.presence_penalty[row], batch.frequency_penalty[row]
         less = np.array([presence + frequency * count for count in counts.values()], np.float32)
