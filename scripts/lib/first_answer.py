@@ -56,8 +56,8 @@ def choose_port(host: str, port: int) -> int:
 
 def start_server(options: argparse.Namespace, rest: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "headrace.engine.cli", "serve", "--host", options.host, "--port", str(options.port), *rest]
-    if options.api_key is not None:
-        command += ["--api-key", options.api_key]
+    # A key on a command line is there for everybody to read.
+    key = {} if options.api_key is None else {"HEADRACE_API_KEY": options.api_key}
     libc = ctypes.CDLL(None)
 
     def tie_to_parent() -> None:
@@ -65,7 +65,7 @@ def start_server(options: argparse.Namespace, rest: list[str]) -> subprocess.Pop
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
-    return subprocess.Popen(command, stdout=sys.stderr, preexec_fn=tie_to_parent)
+    return subprocess.Popen(command, env=os.environ | key, stdout=sys.stderr, preexec_fn=tie_to_parent)
 
 
 def is_ready(host: str, port: int) -> bool:
