@@ -45,7 +45,7 @@ def make_ops(kind: str, device: str | torch.device = "cpu", threads: int | None 
             ) from None
         log.warning("the native CPU kernels cannot be loaded (%s): serving with the slower reference kernels", reason)
         return _reference(device)
-    return CpuOps(device, threads)
+    return CpuOps(threads)
 
 
 def _reference(device: torch.device) -> Ops:
