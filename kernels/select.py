@@ -20,7 +20,7 @@ class KernelsUnavailable(Exception):
 
 
 def make_ops(kind: str, device: str | torch.device = "cpu", threads: int | None = None) -> Ops:
-    """The ops of `kind` (one of KINDS) on `device`. `threads` bounds the CPU threads of an op; None leaves torch's own number.
+    """The ops of `kind` (one of KINDS) on `device`. `threads` bounds the CPU threads of an op; None lets the implementation choose.
 
     Raises KernelsUnavailable.
     """
@@ -45,7 +45,10 @@ def make_ops(kind: str, device: str | torch.device = "cpu", threads: int | None 
             ) from None
         log.warning("the native CPU kernels cannot be loaded (%s): serving with the slower reference kernels", reason)
         return _reference(device)
-    return CpuOps(threads)
+    try:
+        return CpuOps(threads)
+    except ValueError as reason:
+        raise KernelsUnavailable(f"the native CPU kernels cannot run: {reason}") from None
 
 
 def _reference(device: torch.device) -> Ops:

@@ -98,8 +98,9 @@ def _one_request(
         hidden = (place > last[now]) | (place < first[now])
         part = (scores[now] * scale).masked_fill_(hidden, -torch.inf)
         higher = torch.maximum(highest[now], part.amax(-1, keepdim=True))
-        part = exp(part.sub_(higher))
-        fade = exp(highest[now] - higher)
+        # one call for both: what the split weighs, and how much what came before it fades
+        part, fade = exp(torch.cat((part, highest[now]), -1).sub_(higher)).split((SPLIT, 1), -1)
+        part = part.contiguous()
         highest[now] = higher
         total[now] = total[now].mul_(fade).add_(row_sum(part))
         for t in range(now.start, now.stop):

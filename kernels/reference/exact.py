@@ -1,9 +1,9 @@
 """Sums and exponentials that are the same bits everywhere.
 
-torch's own `exp` runs vector code on most of an array and scalar code on its tail, and its `sum` picks an order from shape and
-thread count, so a row's result would depend on the array around it. What stands here is composed of single additions,
-products, divisions and comparisons. Each of those is rounded as IEEE 754 says, whichever instruction computes it, so that the
-results depend on their own inputs by construction: on any device, for any shape, with any number of threads.
+torch's own `sigmoid` and `silu` run vector code on most of an array and scalar code on its tail, which differ in the last bit, and
+its `sum` picks an order from shape and thread count, so a row's result would depend on the array around it. What stands here is
+composed of single additions, products, divisions and comparisons. Each of those is rounded as IEEE 754 says, whichever instruction
+computes it, so that the results depend on their own inputs by construction: on any device, for any shape, with any number of threads.
 """
 
 import torch

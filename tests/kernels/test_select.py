@@ -38,3 +38,10 @@ def test_kernels_that_do_not_exist_are_refused_by_name(kind, message):
 def test_cpu_kernels_on_another_device_are_refused():
     with pytest.raises(KernelsUnavailable, match="cannot run on meta"):
         make_ops("cpu", "meta")
+
+
+def test_an_instruction_set_the_machine_lacks_is_refused(monkeypatch):
+    pytest.importorskip("headrace.kernels.cpu")
+    monkeypatch.setenv("HEADRACE_CPU_ISA", "mmx")
+    with pytest.raises(KernelsUnavailable, match="the native CPU kernels cannot run: .*mmx"):
+        make_ops("cpu")
