@@ -32,9 +32,7 @@ inline Vec eight_scores(const float* q, const float* keys, int dim) {
 #pragma GCC unroll 8
         for (int j = 0; j < LANES; j++) acc[j] = fma(qd, load(keys + j * dim + d), acc[j]);
     }
-    Vec scores;
-    for (int j = 0; j < LANES; j++) scores[j] = sum(acc[j]);
-    return scores;
+    return __builtin_shufflevector(sums(acc[0], acc[1], acc[2], acc[3]), sums(acc[4], acc[5], acc[6], acc[7]), 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
 // out[0 … dim) += Σ weights[j] * values[j], j from `from` to `to` in order.
@@ -68,8 +66,8 @@ void see(const float* q, Row& row, float* out, const float* const* keys, const f
     float highest = row.highest;
     for (int j = from / LANES * LANES; j < to; j += LANES) {
         Vec scores = eight_scores(q, keys[j], a.dim) * scale;
-        for (int lane = 0; lane < LANES; lane++)
-            if (j + lane < from || j + lane >= to) scores[lane] = NOTHING;
+        Ints place = Ints{0, 1, 2, 3, 4, 5, 6, 7} + j;
+        scores = select((place >= from) & (place < to), scores, all(NOTHING));
         highest = std::max(highest, max_lane(scores));
         store(weights + j, scores);
     }

@@ -81,11 +81,8 @@ struct Int4 {
             Scaled<MINIMUMS> value(w, panel, g);
             for (; k < end; k += 2) {
                 const uint8_t* pair = codes + k / 2 * PANEL;
-                UBytes low, high;
-                std::memcpy(&low, pair, sizeof low);
-                std::memcpy(&high, pair + LANES, sizeof high);
-                Ints a = __builtin_convertvector(low, Ints), b = __builtin_convertvector(high, Ints);
-                auto code = [&](Ints nibble) { return __builtin_convertvector(nibble - offset, Vec); };
+                Ints a = ints(pair), b = ints(pair + LANES);
+                auto code = [&](Ints nibble) { return floats(nibble - offset); };
                 use(k, value(0, code(a & 15)), value(1, code(b & 15)));
                 use(k + 1, value(0, code(a >> 4)), value(1, code(b >> 4)));
             }

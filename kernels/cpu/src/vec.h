@@ -1,8 +1,13 @@
-// Eight floats at a time, by the compiler's own vectors, so that one source serves every instruction set.
+// Eight floats at a time, by the compiler's own vectors, so that one source serves every instruction set. Only the widening of bytes,
+// which the compiler does badly, is spelled out for AVX2.
 //
 // Results are defined by the order of operations written here: lanes never mix except in `sum`, whose tree is fixed. `fma` is one
 // rounding where the instruction set has the instruction and two elsewhere, but always the same within one instruction set.
 #pragma once
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include <bit>
 #include <cmath>
@@ -15,6 +20,7 @@ constexpr int LANES = 8;
 
 typedef float Vec __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
 typedef int8_t Bytes __attribute__((vector_size(8)));
 typedef uint8_t UBytes __attribute__((vector_size(8)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
@@ -35,16 +41,28 @@ inline Vec select(Ints mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 inline Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
 
+inline Four fold(Vec v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+
 // The lanes' sum, always as ((0+4)+(2+6)) + ((1+5)+(3+7)).
 inline float sum(Vec v) {
-    float a = v[0] + v[4], b = v[1] + v[5], c = v[2] + v[6], d = v[3] + v[7];
-    return (a + c) + (b + d);
+    Four f = fold(v);
+    return (f[0] + f[2]) + (f[1] + f[3]);
+}
+
+// `sum` of four vectors at once.
+inline Four sums(Vec a, Vec b, Vec c, Vec d) {
+    Four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+    Four t = __builtin_shufflevector(p, q, 0, 4, 1, 5), u = __builtin_shufflevector(p, q, 2, 6, 3, 7);
+    Four v = __builtin_shufflevector(r, s, 0, 4, 1, 5), w = __builtin_shufflevector(r, s, 2, 6, 3, 7);
+    Four zero = __builtin_shufflevector(t, v, 0, 1, 4, 5), one = __builtin_shufflevector(t, v, 2, 3, 6, 7);
+    Four two = __builtin_shufflevector(u, w, 0, 1, 4, 5), three = __builtin_shufflevector(u, w, 2, 3, 6, 7);
+    return (zero + two) + (one + three);
 }
 
 inline float max_lane(Vec v) {
-    float m = v[0];
-    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
-    return m;
+    Vec w = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    w = larger(w, __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5));
+    return w[0] > w[1] ? w[0] : w[1];
 }
 
 // e^x to about one unit in the last place, 0 below -87: range reduction by ln 2 in two parts, then a polynomial of degree 6
@@ -71,11 +89,29 @@ inline Vec exp(Vec x) {
 
 inline Vec widen(const float* p) { return load(p); }
 
-inline Vec widen(const int8_t* p) {
+inline Ints ints(const int8_t* p) {
+#ifdef __AVX2__
+    return reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
     Bytes v;
     std::memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(__builtin_convertvector(v, Ints), Vec);
+    return __builtin_convertvector(v, Ints);
+#endif
 }
+
+inline Ints ints(const uint8_t* p) {
+#ifdef __AVX2__
+    return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    UBytes v;
+    std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, Ints);
+#endif
+}
+
+inline Vec floats(Ints v) { return __builtin_convertvector(v, Vec); }
+
+inline Vec widen(const int8_t* p) { return floats(ints(p)); }
 
 // bfloat16: the upper half of a float32.
 struct BFloat {
