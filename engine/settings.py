@@ -174,7 +174,7 @@ def _checked(setting: Setting, value: Any, where: str) -> Any:
             raise wrong
         if (kind.ge is not None and value < kind.ge) or (kind.le is not None and value > kind.le):
             raise wrong
-        if setting.name == "page_size" and value.bit_count() != 1:
+        if setting.name == "page_size" and int(value).bit_count() != 1:
             raise wrong
         if setting.name == "tensor_parallel" and value > 1:
             raise UserError(f"{where}: tensor_parallel={value} is not built yet; leave it at 1")

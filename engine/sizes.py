@@ -5,7 +5,7 @@ import re
 from headrace.engine.errors import UserError
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_FORM = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)(b?)", re.IGNORECASE)
+_FORM = re.compile(r"(\d+(?:\.\d+)?) *([kmgt]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
