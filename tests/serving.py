@@ -95,6 +95,19 @@ class Served:
                 return float(line.rpartition(" ")[2])
         raise AssertionError(f"no series {name} {labels}")
 
+    def has_metric(self, name: str, **labels: str) -> bool:
+        try:
+            self.metric(name, **labels)
+        except AssertionError:
+            return False
+        return True
+
+    def until_running(self, count: int, timeout: float = 10) -> None:
+        """Ask for the health until `count` requests run."""
+        deadline = time.monotonic() + timeout
+        while self.ask("/health")[1]["running"] < count:
+            assert time.monotonic() < deadline, f"not {count} requests are running"
+
     def until_idle(self, timeout: float = 10) -> dict:
         """Ask for the health until no request runs or waits."""
         deadline = time.monotonic() + timeout

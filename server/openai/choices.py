@@ -5,6 +5,7 @@ DirectClient ──▶ Choice (a Sink each) ──▶ Answer ─▶ one JSON bod
 """
 
 import asyncio
+from collections.abc import Callable
 
 from headrace.engine.messages.frontend import Accepted, End, Failed, PromptScores, Scores, TokenScore
 from headrace.engine.messages.openai.responses import (
@@ -23,31 +24,42 @@ class Answer:
     """All choices of one HTTP request: when they are accepted, and when they are done."""
 
     def __init__(self, count: int) -> None:
-        loop = asyncio.get_running_loop()
-        self.accepted: asyncio.Future[None] = loop.create_future()
-        """Done when the prompt of every choice was accepted; a `Refusal` when one was not."""
-        self.done: asyncio.Future[None] = loop.create_future()
-        """Done when every choice has ended; a `Refusal` when one failed."""
+        self._changed = asyncio.Event()
+        self._refusal: Refusal | None = None
         self._unaccepted = count
         self._unfinished = count
-        # Whoever no longer waits need not hear of a failure.
-        for future in (self.accepted, self.done):
-            future.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has ended."""
+        return self._unfinished == 0
+
+    async def all_accepted(self) -> None:
+        """Wait until the prompt of every choice was accepted. Raises the `Refusal` of one that was not."""
+        await self._until(lambda: self._unaccepted == 0)
+
+    async def all_done(self) -> None:
+        """Wait until every choice has ended. Raises the `Refusal` of one that failed."""
+        await self._until(lambda: self._unfinished == 0)
 
     def one_accepted(self) -> None:
         self._unaccepted -= 1
-        if not self._unaccepted and not self.accepted.done():
-            self.accepted.set_result(None)
+        self._changed.set()
 
     def one_ended(self) -> None:
         self._unfinished -= 1
-        if not self._unfinished and not self.done.done():
-            self.done.set_result(None)
+        self._changed.set()
 
     def one_failed(self, failed: Failed) -> None:
-        for future in (self.accepted, self.done):
-            if not future.done():
-                future.set_exception(Refusal.of(failed))
+        self._refusal = self._refusal or Refusal.of(failed)
+        self._changed.set()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            if self._refusal:
+                raise self._refusal
+            self._changed.clear()
+            await self._changed.wait()
 
 
 class Choice:

@@ -3,6 +3,7 @@
 body ─▶ decode ─▶ validate ─▶ Generate (one a prompt) ─▶ DirectClient ─▶ Choices ─▶ whole.py | stream.py
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -174,12 +175,14 @@ class OpenAIRoutes:
                 self._client.generate(generate, sinks[here])
             if body.stream:
                 return await stream_answer(request, answer, sinks, shape, counts if include_usage else None, headers)
-            await answer.done
+            await answer.all_done()
             return _json(make_whole(head, sinks, counts()), headers)
+        except asyncio.CancelledError:
+            self._meters.disconnects.add()
+            raise
         finally:
-            if not (answer.done.done() and answer.done.exception() is None):
+            if not answer.complete:
                 # The client went away, or one of several choices failed: the others are of no use.
-                self._meters.disconnects.add(not answer.done.done())
                 self._client.abort(ids)
 
     def _check_model(self, name: str | None) -> None:

@@ -162,7 +162,7 @@ async def stream_answer(
 
     Raises `Refusal` when a prompt is not accepted: nothing has been sent then.
     """
-    await answer.accepted
+    await answer.all_accepted()
 
     def room() -> None:
         for choice in choices:
@@ -173,7 +173,7 @@ async def stream_answer(
     for choice in choices:
         choice.open(stream)
     try:
-        await answer.done
+        await answer.all_done()
         if counts:
             stream.write(shape.usage(counts()))
         stream.write(b"data: [DONE]\n\n")
