@@ -1,8 +1,8 @@
 """The direct client: requests to the engine over ZeroMQ, without HTTP in between. The HTTP server is built on it.
 
 It visits every tokenizer's desk. A request goes to the tokenizer with the fewest live requests of this client; what comes back is
-handed to the request's `Sink`, a call for each thing that happens, which is what keeps a token cheap. When a tokenizer dies, its requests are sent
-again with the tokens they have, and go on where they were.
+handed to the request's `Sink`, a call for each thing that happens, which is what keeps a token cheap. When a tokenizer dies, its
+requests are sent again with the tokens they have, and go on where they were.
 
     generate ─▶ Visit(tokenizer-i) ─▶ …
     sink.accepted, sink.text…, sink.end | sink.failed ◀─

@@ -10,7 +10,7 @@ An exception in either ends the process: its supervisor sees the death and decid
 Frontends come and go without being children of the supervisor, so they meet a tokenizer at a `Desk` (ROUTER), which knows them by identity
 and tells when one is gone; `Visit` (DEALER) is the other end of it.
 
-ZeroMQ sockets are read by their file descriptor, until empty at each wake-up: one callback for a burst of messages instead of a future for each.
+ZeroMQ sockets are read by their file descriptor, until empty at each wake-up: one callback for a burst of messages, not a future for each.
 """
 
 import asyncio

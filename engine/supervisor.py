@@ -184,7 +184,11 @@ class Supervisor:
         command = [sys.executable, "-m", child.spec.module, str(self._run_dir), child.spec.name]
         command += [str(time.time_ns() & 0xFFFFFFFFFFF), str(self._death_read)]
         # A session of its own: Ctrl-C in the terminal is for the supervisor, which tells the children.
-        child.process = subprocess.Popen(command, pass_fds=[self._death_read], stdin=subprocess.DEVNULL, start_new_session=True)
+        # OpenMP's threads must not spin for cores that other processes of the engine need.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        child.process = subprocess.Popen(
+            command, pass_fds=[self._death_read], stdin=subprocess.DEVNULL, start_new_session=True, env=environment
+        )
         child.pidfd = os.pidfd_open(child.process.pid)
         asyncio.get_running_loop().add_reader(child.pidfd, self._died, child)
 

@@ -77,9 +77,17 @@ class ModelRunner:
             self.step([Row(sequence, 0, length, emits=True)])
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence], outcome: Outcome) -> None:
-        """Choose a token for each row of logits."""
-        sampled = self._ops.sample(logits, sampling_batch(sequences))
-        outcome.tokens = sampled.tokens
+        """Choose a token for each row of logits, None where they are invalid."""
+        try:
+            sampled = self._ops.sample(logits, sampling_batch(sequences))
+        except FloatingPointError:
+            if len(sequences) == 1:
+                outcome.tokens.append(None)
+                return
+            for row, sequence in enumerate(sequences):
+                self._sample(logits[row : row + 1], [sequence], outcome)
+            return
+        outcome.tokens += sampled.tokens
         for sequence, scores in zip(sequences, sampled.logprobs, strict=True):
             if scores is not None:
                 logprob, top, top_logprobs = scores
@@ -95,7 +103,10 @@ class ModelRunner:
             index = torch.arange(offset, offset + count, dtype=torch.int32)
             logits = self._decoder.logits(self._ops.rows(hidden, index))
             following = sequence.tokens[first + 1 : first + 1 + count]
-            scores = self._ops.score(logits, following, sequence.sampling.prompt_logprobs or 0)
+            try:
+                scores = self._ops.score(logits, following, sequence.sampling.prompt_logprobs or 0)
+            except FloatingPointError:
+                scores = [(-torch.inf, [], [])] * count
             outcome.prompt_logprobs.append(
                 PromptLogprobs(
                     sequence.request,
@@ -154,6 +165,9 @@ async def build(process: Process) -> Worker:
         ops = make_ops(config.kernels, threads=config.threads)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
+    if ops.name == "cpu":
+        # The native kernels have threads of their own; torch's would only stand in their way.
+        torch.set_num_threads(1)
     decoder = load_decoder(model.architecture, open_checkpoint(model), ops, model.context)
     runner = ModelRunner(decoder, page_count(decoder.config, config.page_size, config.kv_memory), config.page_size)
     runner.warm_up()

@@ -22,9 +22,10 @@ from headrace.engine.process import Process
 
 @dataclass(slots=True)
 class Outcome:
-    """What a runner made of the rows of a step. `tokens` has one token for each row that emits, in the order of the rows."""
+    """What a runner made of the rows of a step. `tokens` has one token for each row that emits, in the order of the rows; None for one
+    whose logits are invalid, which ends that request and no other."""
 
-    tokens: list[int]
+    tokens: list[int | None]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     prepare_ns: int = 0
@@ -88,8 +89,8 @@ class Worker:
             rank=self._rank,
             digest=digest,
             requests=emitting,
-            counts=[1] * len(emitting),
-            tokens=outcome.tokens,
+            counts=[0 if token is None else 1 for token in outcome.tokens],
+            tokens=[token for token in outcome.tokens if token is not None],
             logprobs=outcome.logprobs,
             prompt_logprobs=outcome.prompt_logprobs,
             times=StepTimes(

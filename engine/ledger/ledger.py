@@ -39,7 +39,7 @@ class Row:
 class Ended:
     sequence: Sequence
     reason: str
-    """"stop" or "length"."""
+    """"stop", "length" or "error"."""
 
 
 class Ledger:
@@ -116,7 +116,8 @@ class Ledger:
                 request, count = next(emitting, (None, 0))
                 if request != sequence.request:
                     raise LedgerError(f"result {result.step} has tokens of {request}, those of {sequence.request} were due")
-                reason = None
+                # A row that was to emit and did not has failed: the model gave nothing to choose from.
+                reason = None if count else "error"
                 for token in result.tokens[position : position + count]:
                     sequence.tokens.append(token)
                     self._events.append(token)

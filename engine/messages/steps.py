@@ -75,7 +75,7 @@ class StepResult(Message):
     """What a step computed: the sampled tokens of the requests whose known tokens are all computed.
 
     `requests`, `counts` and `tokens` are columns: request i emitted `counts[i]` tokens, which lie one after the other in
-    `tokens`. Without speculation every count is 1.
+    `tokens`. Without speculation every count is 1, or 0 for a request that failed because its logits were invalid.
     """
 
     epoch: int

@@ -6,16 +6,20 @@ happens to a worker, the journal gives the same continuation.
 
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.steps import Admit
-from headrace.engine.messages.tokens import Submit, TokenEnd
+from headrace.engine.messages.tokens import PromptLogprobs, Submit, TokenEnd, TokenLogprobs
 
 
 class Entry:
     """One live request, from its submission to its terminal message."""
 
-    __slots__ = ("arrived", "cached", "emitted", "preemptions", "sequence", "started", "submit")
+    __slots__ = ("arrived", "cached", "emitted", "logprobs", "preemptions", "prompt_logprobs", "reply_to", "sequence", "started", "submit")
 
     def __init__(self, submit: Submit, arrived: float) -> None:
         self.submit = submit
+        self.reply_to = submit.reply_to
+        """The tokenizer that gets its tokens; another one after a death."""
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[PromptLogprobs] = []
         self.arrived = arrived
         """Monotonic seconds."""
         self.emitted = list(submit.emitted)

@@ -27,6 +27,8 @@ from headrace.engine.scheduler.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
+NO_LOGITS = "the model gave no valid logits for this request (not a number, or nothing but minus infinity): other requests are not affected"
+
 
 class Scheduler:
     """The actor."""
@@ -103,7 +105,8 @@ class Scheduler:
 
     def _submit(self, submit: Submit) -> None:
         """Queue a request, or refuse it with a reason."""
-        if submit.request in self._journal:
+        if known := self._journal.get(submit.request):
+            self._tell_again(known, submit)
             return
         waiting = len(self._journal) - len(self._running)
         if self._draining:
@@ -117,6 +120,18 @@ class Scheduler:
             if self._ledger is not None:
                 self._enqueue(entry, self._ledger)
 
+    def _tell_again(self, entry: Entry, submit: Submit) -> None:
+        """A tokenizer asks for a request that is running: it has taken it over from one that died, and lacks what came since."""
+        entry.reply_to = submit.reply_to
+        outgoing = self._outgoing_for(submit.reply_to)
+        have = len(submit.emitted)
+        for index, token in enumerate(entry.emitted[have:], have):
+            outgoing.requests.append(submit.request)
+            outgoing.index.append(index)
+            outgoing.tokens.append(token)
+        outgoing.logprobs.extend(one for one in entry.logprobs if one.index >= have)
+        outgoing.prompt_logprobs.extend(entry.prompt_logprobs)
+
     def _enqueue(self, entry: Entry, ledger: Ledger) -> None:
         submit = entry.submit
         most = len(submit.prompt) + (submit.sampling.max_tokens or 0)
@@ -127,7 +142,8 @@ class Scheduler:
                 submit,
                 400,
                 "context_length_exceeded",
-                f"prompt and max_tokens together are {most} tokens, the KV memory holds {room}: ask for fewer, or serve with more --kv-memory",
+                f"prompt and max_tokens together are {most} tokens, the KV memory holds {room}: "
+                "ask for fewer, or serve with more --kv-memory",
             )
             return
         entry.sequence = ledger.sequence_of(entry.admit())
@@ -235,7 +251,7 @@ class Scheduler:
         for request, count in zip(result.requests, result.counts, strict=True):
             entry = journal.get(request)
             if entry is not None:
-                outgoing = self._outgoing_for(entry.submit.reply_to)
+                outgoing = self._outgoing_for(entry.reply_to)
                 emitted = entry.emitted
                 # A request that ended within its count has fewer tokens in the ledger than in the result.
                 count_taken = ended[request].sequence.emitted - len(emitted) if request in ended else count
@@ -247,16 +263,21 @@ class Scheduler:
             position += count
         for scores in result.logprobs:
             if entry := journal.get(scores.request):
-                self._outgoing_for(entry.submit.reply_to).logprobs.append(scores)
+                entry.logprobs.append(scores)
+                self._outgoing_for(entry.reply_to).logprobs.append(scores)
         for scores in result.prompt_logprobs:
             if entry := journal.get(scores.request):
-                self._outgoing_for(entry.submit.reply_to).prompt_logprobs.append(scores)
+                entry.prompt_logprobs.append(scores)
+                self._outgoing_for(entry.reply_to).prompt_logprobs.append(scores)
         self._meters.emitted_tokens.add(len(result.tokens))
         if ended:
             for request, end in ended.items():
                 if entry := journal.close(request):
-                    self._tell_end(entry, entry.end(end.reason, now))
                     self._meters.ended(end.reason)
+                    if end.reason == "error":
+                        self._process.send(entry.reply_to, Refused(request, 500, "invalid_logits", NO_LOGITS))
+                    else:
+                        self._tell_end(entry, entry.end(end.reason, now))
             self._running = [sequence for sequence in self._running if sequence.request not in ended]
             self._finishes.add(len(ended), now)
 
@@ -268,7 +289,7 @@ class Scheduler:
         return tokens
 
     def _tell_end(self, entry: Entry, end: TokenEnd) -> None:
-        self._outgoing_for(entry.submit.reply_to).ends.append(end)
+        self._outgoing_for(entry.reply_to).ends.append(end)
 
     def _entry(self, request: int) -> Entry:
         entry = self._journal.get(request)

@@ -119,9 +119,9 @@ def chat_logprobs(scores: list[TokenScore]) -> ChatLogprobs:
         [
             ChatLogprob(
                 score.text,
-                score.logprob,
+                _finite(score.logprob),
                 list(score.bytes),
-                [TopLogprob(text, logprob, list(raw)) for _, text, raw, logprob in score.top],
+                [TopLogprob(text, _finite(logprob), list(raw)) for _, text, raw, logprob in score.top],
             )
             for score in scores
         ]
@@ -143,7 +143,13 @@ def completion_logprobs(scores: list[TokenScore | None], first_text: str, offset
             logprobs.append(None)
             top.append(None)
         else:
-            logprobs.append(score.logprob)
+            logprobs.append(_finite(score.logprob))
             # The chosen token is always among them, even when it is not one of the most likely.
-            top.append({text: logprob for _, text, _, logprob in reversed(score.top)} | {score.text: score.logprob})
+            likely = {text: _finite(logprob) for _, text, _, logprob in reversed(score.top)}
+            top.append(likely | {score.text: _finite(score.logprob)})
     return CompletionLogprobs(tokens, logprobs, top if want_top else None, offsets)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes this number for what is as good as impossible."""
+    return max(logprob, -9999.0)

@@ -48,6 +48,8 @@ class TokenizerPart(Recorder):
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, TokenEnd] = {}
         self.refused: dict[int, Refused] = {}
+        self.accept_repeats = False
+        """Tokens out of turn are passed over, as a tokenizer does after a restart."""
 
     def receive(self, message: Message) -> None:
         super().receive(message)
@@ -55,6 +57,8 @@ class TokenizerPart(Recorder):
             case Tokens():
                 for request, index, token in zip(message.requests, message.index, message.tokens, strict=True):
                     have = self.tokens.setdefault(request, [])
+                    if self.accept_repeats and index != len(have):
+                        continue
                     assert index == len(have), f"token {index} of {request} came after {len(have)}"
                     have.append(token)
                 for end in message.ends:

@@ -81,6 +81,44 @@ async def test_a_new_scheduler_says_so_and_continues_what_is_submitted_again(sta
     assert stage.tokenizer.tokens[1] == expected(1, 60)
 
 
+async def test_a_tokenizer_that_takes_a_request_over_gets_what_it_lacks(stage):
+    stage.start_worker()
+    stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 60, sampling={"logprobs": 0})
+    await stage.tokenizer.until(lambda _: len(stage.tokenizer.tokens.get(1, [])) > 20)
+    # As if a successor had only the first five tokens.
+    del stage.tokenizer.tokens[1][5:]
+    stage.tokenizer.accept_repeats = True
+    stage.submit(1, [1, 2, 3], 60, emitted=expected(1, 5), sampling={"logprobs": 0})
+    await stage.tokenizer.all_ended([1])
+    assert stage.tokenizer.tokens[1] == expected(1, 60)
+
+
+async def test_a_request_without_valid_logits_ends_alone(stage):
+    def fail(worker):
+        step = worker._runner.step
+
+        def spoiled(rows):
+            outcome = step(rows)
+            emitting = [row for row in rows if row.emits]
+            outcome.tokens = [
+                None if row.sequence.request == 2 and row.sequence.emitted == 4 else token
+                for row, token in zip(emitting, outcome.tokens, strict=True)
+            ]
+            return outcome
+
+        worker._runner.step = spoiled
+
+    stage.start_worker(spoil=fail)
+    scheduler = stage.start_scheduler()
+    for request in (1, 2, 3):
+        stage.submit(request, [request] * 5, 20)
+    await stage.tokenizer.all_ended([1, 2, 3])
+    assert stage.tokenizer.refused[2].code == "invalid_logits"
+    assert stage.tokenizer.tokens == {1: expected(1, 20), 2: expected(2, 4), 3: expected(3, 20)}
+    assert scheduler._ledger.available == 64
+
+
 @pytest.mark.parametrize("stage", [{"tensor_parallel": 2}], indirect=True)
 async def test_two_ranks_keep_the_same_book(stage):
     stage.start_worker(0)
