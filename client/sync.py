@@ -276,12 +276,14 @@ class Stream(Generic[Chunk]):
 
     def _finish(self) -> None:
         """After the end mark only the end of the HTTP body is left; with that read, the connection serves again."""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            self._connection.sock.settimeout(DRAIN_TIMEOUT_S)
-            if not self._response.read1(_READ_BYTES) and self._response.isclosed():
-                self._connection.sock.settimeout(self._timeout)
-                self._open = False
-                self._release(self._connection, self._response)
+        sock = self._connection.sock  # None when the server ends the connection with this answer
+        if sock is not None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                sock.settimeout(DRAIN_TIMEOUT_S)
+                if not self._response.read1(_READ_BYTES) and self._response.isclosed():
+                    sock.settimeout(self._timeout)
+                    self._open = False
+                    self._release(self._connection, self._response)
         self.close()
 
 

@@ -44,6 +44,8 @@ class Behaviour:
     models: dict[str, Any] | None = None
     """What `/v1/models` says instead."""
     health: tuple[int, dict[str, str]] = (200, {"status": "ok"})
+    hang_up: bool = False
+    """Close the connection after each stream, and say so in its header."""
     silent: bool = False
     """Accept and never answer."""
 
@@ -150,6 +152,8 @@ class FakeServer:
     async def stream(self, request: web.Request, chat: bool, total: int, reason: str, usage: dict[str, Any] | None) -> web.StreamResponse:
         behaviour, end = self.behaviour, self.behaviour.line_end
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if self.behaviour.hang_up:
+            response.force_close()
         await response.prepare(request)
 
         async def send(choices: list[dict[str, Any]], **more: Any) -> None:

@@ -112,6 +112,13 @@ def test_a_stream_gives_the_text_as_it_comes_and_the_usage_last(connect, line_en
     assert chunks[-1].usage.completion_tokens == 3 and chunks[-1].choices == []
 
 
+def test_a_server_that_closes_the_connection_after_each_stream_is_asked_again_on_a_new_one(connect) -> None:
+    with serving(Behaviour(hang_up=True)) as server:
+        twin = connect(server)
+        for _ in range(2):
+            assert twin.texts(twin.complete_stream("a b", max_tokens=2)) == [" w0", " w1"]
+
+
 def test_a_stream_shows_each_chunk_before_the_next_is_made(connect) -> None:
     with serving(Behaviour(token_delay_s=30)) as server:
         twin = connect(server)
