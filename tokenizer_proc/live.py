@@ -20,6 +20,7 @@ class Live:
         "closed",
         "counted",
         "end",
+        "expected",
         "fresh",
         "frontend",
         "min_tokens",
@@ -46,6 +47,8 @@ class Live:
         self.submit = Submit(
             self.request, reply_to, prompt, sampling, generate.seeds[place], self.tokens, generate.tenant, generate.priority
         )
+        self.expected = len(self.tokens)
+        """Tokens that are known to exist. More than `tokens` has, while some are still to be told again."""
         self.stream = tokenizer.stream(generate.skip_special_tokens, prompt)
         self.stops = StopFinder(generate.stop, generate.include_stop) if generate.stop else None
         self.min_tokens = sampling.min_tokens

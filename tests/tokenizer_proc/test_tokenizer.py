@@ -392,15 +392,27 @@ async def test_a_token_that_comes_twice_counts_once(stage):
     assert stage.frontend.texts[1] == "Hello world," and end.completion_tokens == 3
 
 
-async def test_lost_tokens_fail_the_request_and_no_other(stage):
+async def test_tokens_beyond_a_gap_wait_until_the_gap_is_told(stage):
     stage.frontend.generate(1, 2)
     await stage.submitted(2)
-    stage.tell(Tokens(1, 1, [1, 2, 1], [1, 0, 2], [905, 905, 905]))
-    (failed,) = await stage.frontend.ended(1)
-    assert failed.status == 500
-    assert (await stage.cancelled())[0].requests == (1,)
+    stage.tell(Tokens(1, 1, [1, 2, 1], [1, 0, 2], [905, 905, 28]))
     await stage.frontend.next(Text)
     assert stage.frontend.texts == {2: " world"}
+    stage.emit(1, [19556, 905, 28], 0, end="length")
+    (end,) = await stage.frontend.ended(1)
+    assert stage.frontend.texts[1] == "Hello world," and end.completion_tokens == 3
+
+
+async def test_an_end_beyond_a_gap_is_asked_for_again_from_what_is_there(stage):
+    stage.frontend.generate(1)
+    await stage.submitted()
+    stage.emit(1, [19556])
+    stage.emit(1, [28], 2, end="length")
+    _, again = await stage.submitted(2)
+    assert (again.request, again.emitted) == (1, [19556])
+    stage.emit(1, [905, 28], 1, end="length")
+    (end,) = await stage.frontend.ended(1)
+    assert stage.frontend.texts[1] == "Hello world," and end.completion_tokens == 3
 
 
 async def test_a_new_scheduler_gets_live_requests_with_the_tokens_they_have(stage):
