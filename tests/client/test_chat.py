@@ -114,7 +114,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal, server:
 
 
 def test_ctrl_c_at_the_prompt_gives_a_new_prompt(terminal: Terminal, server: FakeServer) -> None:
-    terminal.say("never sent\x03")
+    terminal.say("never sent")
+    # Once it is echoed, readline waits for the next key, and a signal finds it there.
+    terminal.wait_for("never sent")
+    terminal.type("\x03")
     assert terminal.leave() == 0
     assert server.requests == []
 
