@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 import uvloop
@@ -130,8 +131,8 @@ class Supervisor:
         self._all_dead = asyncio.Event()
         self._done: asyncio.Future[int] | None = None
         """The exit status, once the engine is to end."""
-        spec = EngineSpec(config, model)
-        (self._run_dir / BIRTH_FILE).write_bytes(msgspec.msgpack.encode(spec))
+        self._spec = EngineSpec(config, model)
+        self._write_spec()
         self._death_read, self._death_write = os.pipe()
 
     async def run(self) -> int:
@@ -202,9 +203,21 @@ class Supervisor:
             first = self._state == "starting"
             self._turn("ready")
             if first:
-                self._on_ready(next((child.detail for child in self._children.values() if child.spec.name in self._servers), ""))
+                address = next((child.detail for child in self._children.values() if child.spec.name in self._servers), "")
+                self._keep_port(address)
+                self._on_ready(address)
         elif message.child in self._servers:
             self._post.send(message.child, EngineState(self._state))
+
+    def _write_spec(self) -> None:
+        """For the children that are started from now on."""
+        (self._run_dir / BIRTH_FILE).write_bytes(msgspec.msgpack.encode(self._spec))
+
+    def _keep_port(self, address: str) -> None:
+        """A server that could choose its port takes the same one when it is started again."""
+        if self._config.port == 0 and (port := urlsplit(address).port):
+            self._spec = EngineSpec(msgspec.structs.replace(self._config, port=port), self._spec.model)
+            self._write_spec()
 
     def _died(self, child: Child) -> None:
         """The child's pidfd is readable: it is dead."""
