@@ -1,15 +1,23 @@
-"""A whole engine for tests: real processes, started and ended with the test, on a free port of loopback."""
+"""A whole engine for tests: real processes, started and ended with the test, on a free port of loopback.
 
+`Served` starts one with a worker of the test's choice, `Command` starts it as a user does. Both read its stderr as it comes.
+"""
+
+import contextlib
 import json
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import msgspec
 
@@ -26,22 +34,30 @@ sys.exit(run(config, resolve(config), worker_module=sys.argv[2]))
 
 FAKE = "headrace.workers.fake"
 REAL = "headrace.workers.runner"
+ROOT = Path(__file__).parent.parent
 
 
-class Served:
-    """An engine that is ready at `url`. Use as a context manager; nothing of it outlives the block."""
+class Engine:
+    """A supervisor's process and what it says. Nothing of it outlives the `with` block."""
 
-    def __init__(self, worker: str = FAKE, **settings: Any) -> None:
-        config = Config(**{"port": 0} | settings)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, msgspec.json.encode(config).decode(), worker], stderr=subprocess.PIPE, text=True
-        )
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
         self.lines: list[str] = []
+        """What it wrote to stderr so far."""
         self.url = ""
         self.model = ""
+        self._seen = 0
+        self._news = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def __enter__(self) -> "Served":
-        ready = self.until(r"headrace: (\S+) is ready on (\S+)")
+    def __enter__(self) -> Self:
+        try:
+            ready = self.until(r"headrace: (\S+) is ready on (\S+)")
+        except BaseException:
+            self.__exit__()
+            raise
         self.model, self.url = ready[1], ready[2]
         return self
 
@@ -49,26 +65,45 @@ class Served:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:
-                self.process.communicate(timeout=5)
+                self.process.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.communicate()
-        else:
-            self.process.communicate()
-
-    def until(self, pattern: str) -> re.Match:
-        """Read the engine's stderr until a line matches."""
+                self.process.wait()
+        self._reader.join(5)
         assert self.process.stderr
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            if found := re.search(pattern, line):
-                return found
-        raise AssertionError(f"the engine ended without {pattern!r}:\n" + "\n".join(self.lines))
+        self.process.stderr.close()
+
+    def until(self, pattern: str, timeout: float = 60) -> re.Match:
+        """The next line of stderr that matches; every line is looked at once."""
+        deadline = time.monotonic() + timeout
+        with self._news:
+            while True:
+                while self._seen < len(self.lines):
+                    self._seen += 1
+                    if found := re.search(pattern, self.lines[self._seen - 1]):
+                        return found
+                left = deadline - time.monotonic()
+                said = "\n".join(self.lines)
+                assert not self._ended, f"the engine ended without {pattern!r}:\n{said}"
+                assert left > 0, f"no {pattern!r} within {timeout} s:\n{said}"
+                self._news.wait(left)
 
     def finish(self, timeout: float = 20) -> int:
         """Wait for the engine's end; its exit status."""
-        self.lines += self.process.communicate(timeout=timeout)[1].splitlines()
-        return self.process.returncode
+        status = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return status
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        # A line at a time, until the last process that holds the pipe has ended.
+        for line in self.process.stderr:
+            with self._news:
+                self.lines.append(line.rstrip())
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None) -> tuple[int, Any]:
         """One plain HTTP request: (status, JSON or text). `body` is JSON, or bytes as they are."""
@@ -116,6 +151,62 @@ class Served:
             if health["running"] == health["waiting"] == 0:
                 return health
             assert time.monotonic() < deadline, f"requests are still running: {health}"
+
+    def until_empty(self, timeout: float = 10) -> dict:
+        """Idle, and nothing is left of any request: no page in use, no entry in a tokenizer's table."""
+        health = self.until_idle(timeout)
+        assert self.metric("headrace_kv_pages", state="used") == 0
+        assert self.metric("headrace_tokenizer_live_requests") == 0
+        assert self.metric("headrace_requests_running") == self.metric("headrace_requests_waiting") == 0
+        return health
+
+    def until_state(self, state: str, timeout: float = 15) -> None:
+        """Ask until the engine's state is `state`, whether its server answers meanwhile or not."""
+        deadline = time.monotonic() + timeout
+        found = None
+        while found != state:
+            assert time.monotonic() < deadline, f"the engine is {found}, not {state}:\n" + "\n".join(self.lines)
+            with contextlib.suppress(OSError):
+                found = self.ask("/health/ready")[1]["status"]
+
+
+class Served(Engine):
+    """An engine with the worker module `worker`, ready at `url`."""
+
+    def __init__(self, worker: str = FAKE, **settings: Any) -> None:
+        config = msgspec.json.encode(Config(**{"port": 0} | settings)).decode()
+        super().__init__([sys.executable, "-c", _SERVE, config, worker])
+
+
+class Command(Engine):
+    """The command line `headrace …`, as a user runs it."""
+
+    def __init__(self, *arguments: str, **options: Any) -> None:
+        super().__init__([sys.executable, "-m", "headrace.engine.cli", *arguments], **options)
+
+
+class Watch:
+    """Sees processes end, however they do and whoever their parent is: a pidfd each."""
+
+    def __init__(self, pids: dict[str, int]) -> None:
+        self._open = {os.pidfd_open(pid): name for name, pid in pids.items()}
+
+    def all_gone(self, timeout: float) -> None:
+        """Wait for the end of all of them."""
+        deadline = time.monotonic() + timeout
+        while self._open:
+            ended, _, _ = select.select(list(self._open), [], [], max(0.0, deadline - time.monotonic()))
+            assert ended, f"still running after {timeout} s: {sorted(self._open.values())}"
+            for descriptor in ended:
+                os.close(descriptor)
+                del self._open[descriptor]
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def _parsed(body: bytes) -> Any:
