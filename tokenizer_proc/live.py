@@ -99,8 +99,11 @@ class Live:
         self.finish(TokenEnd(self.request, "abort", None, 0, 0.0, 0))
 
     def score(self, found: TokenLogprobs, spelling: Spelling) -> bool:
-        """Take the scores of one emitted token; False when they are known or no longer wanted."""
-        if self.aborted or not self.scored <= found.index < self.emitted:
+        """Take the scores of the next emitted token; False when they are known, too early or no longer wanted.
+
+        Too early are those that came with a token beyond a gap; they come again, in their order.
+        """
+        if self.aborted or found.index != self.scored or found.index >= self.emitted:
             return False
         self.scores.append(token_score(self.tokens[found.index], found.logprob, found.top_ids, found.top_logprobs, spelling))
         self.scored = found.index + 1

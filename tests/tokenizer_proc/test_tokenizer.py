@@ -403,6 +403,16 @@ async def test_tokens_beyond_a_gap_wait_until_the_gap_is_told(stage):
     assert stage.frontend.texts[1] == "Hello world," and end.completion_tokens == 3
 
 
+async def test_scores_from_beyond_a_gap_wait_with_their_tokens(stage):
+    stage.frontend.generate(1, logprobs=0)
+    await stage.submitted()
+    columns = {"logprobs": [TokenLogprobs(1, index, -float(index)) for index in (2, 0, 1, 2)]}
+    stage.tell(Tokens(1, 1, [1] * 4, [2, 0, 1, 2], [28, 19556, 905, 28], ends=[TokenEnd(1, "length", None, 0, 0.0, 0)], **columns))
+    await stage.frontend.ended(1)
+    assert stage.frontend.texts[1] == "Hello world,"
+    assert [score.logprob for score in stage.frontend.scores[1]] == [0.0, -1.0, -2.0]
+
+
 async def test_an_end_beyond_a_gap_is_asked_for_again_from_what_is_there(stage):
     stage.frontend.generate(1)
     await stage.submitted()
