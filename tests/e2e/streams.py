@@ -5,10 +5,13 @@ Streams ── openai's client, a task each ──▶ engine
 """
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import openai
+
+from headrace.client import AsyncClient
 
 
 @dataclass
@@ -43,18 +46,25 @@ def differences(some: list[Got], others: list[Got]) -> dict[int, str]:
 
 
 class Streams:
-    """A task for each of `requests`, which are arguments of `completions.create` or, with messages, of `chat.completions.create`."""
+    """A task for each of `requests`, which are arguments of `completions.create` or, with messages, of `chat.completions.create`.
 
-    def __init__(self, url: str, model: str, requests: list[dict[str, Any]]) -> None:
+    `ours` takes `headrace.client` instead of `openai`; its chunks have the same fields.
+    """
+
+    def __init__(self, url: str, model: str, requests: list[dict[str, Any]], ours: bool = False) -> None:
         self.got = [Got() for _ in requests]
         self._url = url
         self._model = model
         self._requests = requests
+        self._ours = ours
         self._pieces = 0
         self._news = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self._client = openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=60)
+        if self._ours:
+            self._client: Any = AsyncClient(self._url, timeout=60, retries=0)
+        else:
+            self._client = openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=60)
         self._tasks = [asyncio.create_task(self._run(*pair)) for pair in zip(self._requests, self.got, strict=True)]
         return self
 
@@ -76,10 +86,19 @@ class Streams:
         await asyncio.wait_for(asyncio.gather(*self._tasks), 60)
         return self.got
 
+    async def _open(self, request: dict[str, Any]) -> AsyncIterator[Any]:
+        common = {"model": self._model, "stream_options": {"include_usage": True}} | request
+        if not self._ours:
+            create = self._client.chat.completions.create if "messages" in request else self._client.completions.create
+            return await create(stream=True, **common)
+        common |= common.pop("extra_body", {})
+        if "messages" in request:
+            return await self._client.chat_stream(common.pop("messages"), **common)
+        return await self._client.complete_stream(common.pop("prompt"), **common)
+
     async def _run(self, request: dict[str, Any], got: Got) -> None:
-        create = self._client.chat.completions.create if "messages" in request else self._client.completions.create
         try:
-            async for chunk in await create(model=self._model, stream=True, stream_options={"include_usage": True}, **request):
+            async for chunk in await self._open(request):
                 if chunk.usage:
                     got.completion_tokens = chunk.usage.completion_tokens
                 for choice in chunk.choices:
@@ -99,7 +118,7 @@ class Streams:
             self._news.set()
 
 
-async def run(url: str, model: str, requests: list[dict[str, Any]]) -> list[Got]:
+async def run(url: str, model: str, requests: list[dict[str, Any]], ours: bool = False) -> list[Got]:
     """All of `requests` at once, to their ends."""
-    async with Streams(url, model, requests) as streams:
+    async with Streams(url, model, requests, ours) as streams:
         return await streams.ended()
