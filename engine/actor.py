@@ -28,6 +28,9 @@ HIGH_WATER_MARK = 100_000
 BURST = 256
 """Messages handled before other callbacks of the loop get their turn."""
 
+CRASH = "headrace_crash"
+"""Marks what an event loop's exception handler is told when an actor failed."""
+
 
 class Actor(Protocol):
     def receive(self, message: Message) -> None:
@@ -76,6 +79,13 @@ class _Reader:
             self._socket.close()
 
     def _drain(self) -> None:
+        try:
+            self._handle_burst()
+        except Exception as error:
+            # Not just any callback has failed but an actor, and its state cannot be trusted any more: see `engine.process`.
+            self._loop.call_exception_handler({"message": "the actor failed", "exception": error, CRASH: True})
+
+    def _handle_burst(self) -> None:
         self._pending = False
         handled = 0
         socket = self._socket

@@ -45,7 +45,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = None
     prefix_cache: Annotated[bool, _about("keep the KV pages of finished requests for those that begin alike")] = True
     max_running: Annotated[Count, _about("most requests in one step")] = 256
-    max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 512
+    max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 256
     max_waiting: Annotated[Count, _about("most queued requests; further ones get 429")] = 1024
     tokenizers: Annotated[Annotated[int, Meta(ge=1, le=64)], _about("tokenizer processes")] = 1
     tensor_parallel: Annotated[Count, _about("workers that share each layer of the model")] = 1

@@ -20,7 +20,7 @@ import msgspec
 import uvloop
 import zmq
 
-from headrace.engine.actor import Actor, Mailbox, Post, endpoint
+from headrace.engine.actor import CRASH, Actor, Mailbox, Post, endpoint
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
@@ -125,7 +125,8 @@ async def _live(process: Process, union: object, build: Callable[[Process], Awai
     def on_exception(_: asyncio.AbstractEventLoop, context: dict) -> None:
         error = context.get("exception")
         logging.getLogger().error("%s", context["message"], exc_info=error)
-        if error is not None:
+        # A library's stray task is a line in the log; a failed actor is the end of its process.
+        if error is not None and CRASH in context:
             failure.append(error)
             stopped.set()
 

@@ -68,6 +68,9 @@ class EventStream:
         """Wait until the socket has room, then let the writer catch up."""
         try:
             await self._request.protocol._drain_helper()  # aiohttp's own wait for resume_writing
+        except ConnectionError:
+            # The client is gone; whoever handles the request hears of it by itself.
+            return
         finally:
             self._draining = None
         self._on_room()
