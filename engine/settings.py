@@ -57,7 +57,8 @@ class Setting(msgspec.Struct, frozen=True):
             noun = "an integer" if isinstance(kind, inspect.IntType) else "a number"
             if self.name == "page_size":
                 noun = "a power of two"
-            return noun + (f" from {kind.ge} to {kind.le}" if kind.le is not None else f" of at least {kind.ge}")
+            # Bounds that only keep a number representable are said when they are hit, not before.
+            return noun + (f" from {kind.ge} to {kind.le}" if kind.le is not None and kind.le < 1e9 else f" of at least {kind.ge}")
         return 'a size such as "2GiB"' if self.name == "kv_memory" else "text"
 
 
@@ -172,8 +173,10 @@ def _checked(setting: Setting, value: Any, where: str) -> Any:
     elif isinstance(kind, inspect.IntType | inspect.FloatType):
         if type(value) is not int and not (isinstance(kind, inspect.FloatType) and type(value) is float and math.isfinite(value)):
             raise wrong
-        if (kind.ge is not None and value < kind.ge) or (kind.le is not None and value > kind.le):
+        if kind.ge is not None and value < kind.ge:
             raise wrong
+        if kind.le is not None and value > kind.le:
+            raise wrong if kind.le < 1e9 else UserError(f"{where}: expected at most {kind.le:g}")
         if setting.name == "page_size" and int(value).bit_count() != 1:
             raise wrong
         if setting.name == "tensor_parallel" and value > 1:

@@ -95,6 +95,8 @@ def test_an_empty_variable_counts_as_absent():
         ({"port": "-1"}, {}, "--port -1: expected an integer from 0 to 65535"),
         ({"port": "80.5"}, {}, "--port 80.5: expected an integer"),
         ({"threads": "0"}, {}, "--threads 0: expected an integer of at least 1"),
+        ({"max_waiting": "9" * 30}, {}, "expected at most 2.14748e+09"),
+        ({"drain_timeout": "1" + "0" * 300}, {}, "expected at most 1e+09"),
         ({"page_size": "24"}, {}, "--page-size 24: expected a power of two from 8 to 256"),
         ({"page_size": "4"}, {}, "--page-size 4: expected a power of two from 8 to 256"),
         ({"page_size": "512"}, {}, "--page-size 512: expected a power of two from 8 to 256"),
