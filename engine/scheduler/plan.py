@@ -116,7 +116,7 @@ def _admit(
     for sequence in prefills:
         planned = next((length for other, length in decision.run if other is sequence), 0)
         held = max(len(sequence.pages), ledger.pages_for(sequence.computed + planned))
-        available -= ledger.pages_for(len(sequence.tokens) + 1) - held
+        available -= _pages_to_start(ledger, sequence) - held
     coming = {link for sequence in prefills for link in sequence.chain(size)[sequence.computed // size :]}
     locked: set[int] = set()
     passed_over = 0
@@ -129,7 +129,7 @@ def _admit(
             passed_over += 1
             continue
         idle = [node.page for node in path if node.users == 0 and node.page not in locked]
-        pages = ledger.pages_for(len(sequence.tokens) + 1) - len(path) + len(idle)
+        pages = _pages_to_start(ledger, sequence) - len(path) + len(idle)
         if pages > available:
             return
         available -= pages
@@ -140,3 +140,8 @@ def _admit(
         coming.update(sequence.chain(size)[len(path) :])
         decision.start.append(sequence)
         decision.run.append((sequence, length))
+
+
+def _pages_to_start(ledger: Ledger, sequence: Sequence) -> int:
+    """Pages for all known tokens, and for the first that is still to come if one is."""
+    return ledger.pages_for(len(sequence.tokens) + (sequence.max_tokens > 0))

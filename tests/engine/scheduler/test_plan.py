@@ -145,6 +145,15 @@ def test_two_half_computed_prompts_that_fill_the_pages_do_not_block_each_other()
     assert set(trace.finished) == {1, 2}
 
 
+def test_a_prompt_that_fills_every_page_and_asks_for_no_token_is_served():
+    trace = Trace(4, Limits(8, 64))
+    trace.submit(1, [3] * 16, 0)
+    while trace.waiting or trace.running:
+        trace.step()
+        assert trace.steps < 10
+    assert trace.finished == {1: []}
+
+
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
