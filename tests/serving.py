@@ -119,6 +119,11 @@ class Engine:
         """Process ids of the children by name."""
         return {child["name"]: child["pid"] for child in self.ask("/health")[1]["processes"]}
 
+    def run_dir(self) -> Path:
+        """Where the processes' sockets are."""
+        words = Path(f"/proc/{self.pids()['scheduler']}/cmdline").read_bytes().decode().split("\0")
+        return Path(words[words.index("scheduler") - 1])
+
     def kill(self, name: str) -> None:
         os.kill(self.pids()[name], signal.SIGKILL)
 

@@ -217,13 +217,14 @@ async def test_a_second_signal_while_draining_ends_at_once(second):
 @pytest.mark.parametrize("times", [1, 2])
 async def test_ctrl_c_ends_everything_within_two_seconds(times):
     with Served(PACED) as served:
-        watch = Watch(served.pids())
+        watch, run_dir = Watch(served.pids()), served.run_dir()
         async with Streams(served.url, served.model, mixed(16, 4000)) as streams:
             await streams.until(100)
             for _ in range(times):
                 served.process.send_signal(signal.SIGINT)
             assert await asyncio.to_thread(served.finish, 2) == 0
             watch.all_gone(0.1)
+        assert not run_dir.exists()
         assert not [line for line in served.lines if "Traceback" in line or "ERROR" in line]
 
 

@@ -29,12 +29,6 @@ TOPICS = [
 
 
 @pytest.fixture(scope="module")
-def served():
-    with Served(REAL, threads=2) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
 def client(served):
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
