@@ -1,50 +1,39 @@
 """The native ops for CPUs: C++ behind the op table, for float32 activations and weights as they are stored.
 
-Weights are packed once, when a model is loaded; `src/` has one op a file, compiled for each instruction set and chosen when the
-extension is loaded. Here is what stands before them: shapes and types are checked, results are allocated, pointers are taken. What has
-no native form (sampling, odd head sizes) runs on the reference ops, which work on the same tensors.
+`src/` has one op a file, compiled for each instruction set and chosen when the extension is loaded. `packed.py` packs weights when
+a model is loaded. Here is what stands before the kernels in a step: types and shapes are checked, results are allocated, pointers are
+taken. What does not change from call to call (weights, pages, a batch's arrays) is looked at once. Sampling, and heads whose size is no
+multiple of 8, run on the reference ops, which work on the same tensors.
 """
 
+import logging
 import os
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from headrace.kernels.ops import Extents, HeadShape, KVPages, RopeTable, Sampled, SamplingBatch
 from headrace.kernels.reference import ReferenceOps
-from headrace.kernels.weights import Dense, GroupedInt, Weight
+from headrace.kernels.weights import GroupedInt, Weight
 
 try:
     from headrace.kernels.cpu import _native
 except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
-PANEL: int = _native.PANEL
+from headrace.kernels.cpu.packed import Packed, pack
+
 INSTRUCTION_SETS: list[str] = _native.instruction_sets()
 """What this machine can run, best first."""
 
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INT8, _INT4 = 3, 4
 _LANES = 8
 _WIDEST_HEAD = 1024
-_MOST_SHARED = 64
-"""Query heads that may share a KV head."""
+_MOST_KNOWN = 4096
+"""Tensors that are remembered as checked; beyond, all are looked at anew."""
 
-
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A linear layer's weight in panels of 16 outputs, interleaved by input (`src/ops.h` has the layout)."""
-
-    form: int
-    outputs: int
-    inputs: int
-    group: int
-    offset: int
-    values: torch.Tensor
-    scales: torch.Tensor | None
-    minimums: torch.Tensor | None
-    bias: torch.Tensor | None
+log = logging.getLogger("headrace.kernels")
 
 
 def physical_cores() -> int:
@@ -63,110 +52,95 @@ def physical_cores() -> int:
 class CpuOps:
     """`headrace.kernels.ops.Ops` in native code, whose docstrings hold here. `threads` None is one a physical core.
 
-    HEADRACE_CPU_ISA names a lesser instruction set of INSTRUCTION_SETS to use. ValueError when the machine lacks it.
+    HEADRACE_CPU_ISA names a lesser instruction set of INSTRUCTION_SETS to use. ValueError when the machine lacks it, and from every
+    op for a tensor of the wrong type or shape, or an index out of bounds.
     """
 
     name = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
-        self._engine = _native.Engine(threads or physical_cores(), os.environ.get("HEADRACE_CPU_ISA", ""))
+        cores = physical_cores()
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads={threads}: ask for at least 1")
+        if threads is not None and threads > cores:
+            log.warning("%d threads on %d cores get in each other's way: --threads %d is faster", threads, cores, cores)
+        self._engine = _native.Engine(threads or cores, os.environ.get("HEADRACE_CPU_ISA", ""))
         self._reference = ReferenceOps("cpu")
+        self._vectors: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self._pages: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], Any]] = {}
+        self._tables: dict[int, tuple[weakref.ref[torch.Tensor], Packed]] = {}
+        self._batch: tuple[Extents, int, Any] | None = None
+        self._heads: dict[HeadShape, Any] = {}
         self.isa: str = self._engine.isa
         self.threads: int = self._engine.threads
 
-    def prepare(self, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> PackedLinear:
-        inputs = weights[0].shape[1]
-        outputs = sum(weight.shape[0] for weight in weights)
-        for weight in weights:
-            if weight.shape[1] != inputs:
-                raise ValueError(f"weights of {weight.shape[1]} and {inputs} inputs cannot be stacked")
-        if bias is not None:
-            bias = _floats("bias", bias.float().contiguous(), (outputs,))
-        integers = [weight for weight in weights if isinstance(weight, GroupedInt)]
-        if len(integers) == len(weights) and len({(one.group, one.minimums is None) for one in integers}) == 1:
-            return self._pack_integers(integers, outputs, inputs, bias)
-        dense = [weight.values if isinstance(weight, Dense) else weight.dequantize() for weight in weights]
-        kinds = {values.dtype for values in dense}
-        if len(kinds) > 1:
-            dense = [values.float() for values in dense]
-        values = dense[0].contiguous() if len(dense) == 1 else torch.cat(dense)
-        packed = torch.empty(_panels(outputs), inputs, PANEL, dtype=values.dtype)
-        self._engine.pack(values.data_ptr(), outputs, inputs, values.element_size(), packed.data_ptr())
-        return PackedLinear(_FLOATS[values.dtype], outputs, inputs, inputs, 0, packed, None, None, bias)
+    def prepare(self, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> Packed:
+        if bias is None and len(weights) == 1 and (known := self._known_table(weights[0])):
+            return known
+        return pack(self._engine, weights, bias)
 
-    def _pack_integers(self, weights: list[GroupedInt], outputs: int, inputs: int, bias: torch.Tensor | None) -> PackedLinear:
-        group = weights[0].group
-        codes = weights[0].codes.contiguous() if len(weights) == 1 else torch.cat([weight.codes for weight in weights])
-        scales = self._pack_floats([weight.scales for weight in weights], outputs)
-        minimums = None if weights[0].minimums is None else self._pack_floats([weight.minimums for weight in weights], outputs)
-        if all(weight.bits == 4 for weight in weights) and group % 2 == 0:
-            offset = 8 if int(codes.min()) < 0 else 0
-            packed = torch.empty(_panels(outputs), inputs // 2, PANEL, dtype=torch.uint8)
-            self._engine.pack_nibbles(codes.data_ptr(), outputs, inputs, offset, packed.data_ptr())
-            return PackedLinear(_INT4, outputs, inputs, group, offset, packed, scales, minimums, bias)
-        packed = torch.empty(_panels(outputs), inputs, PANEL, dtype=torch.int8)
-        self._engine.pack(codes.data_ptr(), outputs, inputs, 1, packed.data_ptr())
-        return PackedLinear(_INT8, outputs, inputs, group, 0, packed, scales, minimums, bias)
-
-    def _pack_floats(self, parts: list[torch.Tensor | None], outputs: int) -> torch.Tensor:
-        """Scales or minimums [N, groups] as panels."""
-        values = torch.cat([part for part in parts if part is not None])
-        packed = torch.empty(_panels(outputs), values.shape[1], PANEL, dtype=torch.float32)
-        self._engine.pack(values.data_ptr(), outputs, values.shape[1], 4, packed.data_ptr())
+    def prepare_table(self, weight: Weight) -> Packed:
+        if known := self._known_table(weight):
+            return known
+        packed = pack(self._engine, [weight])
+        storage = _storage(weight)
+        self._tables[id(storage)] = (weakref.ref(storage), packed)
         return packed
 
-    def prepare_table(self, weight: Weight) -> Weight:
-        return self._reference.prepare_table(weight)
+    def _known_table(self, weight: Weight) -> Packed | None:
+        """The table made of the very same weight, while that is alive."""
+        for key in [key for key, (tensor, _) in self._tables.items() if tensor() is None]:
+            del self._tables[key]
+        storage = _storage(weight)
+        known = self._tables.get(id(storage))
+        return known[1] if known else None
 
-    def embed(self, ids: torch.Tensor, table: Weight, scale: float = 1.0) -> torch.Tensor:
-        return self._reference.embed(ids, table, scale)
+    def embed(self, ids: torch.Tensor, table: Packed, scale: float = 1.0) -> torch.Tensor:
+        (count,) = _indices("ids", ids)
+        y = torch.empty(count, table.inputs)
+        self._engine.embed(table.native, ids.data_ptr(), count, scale, y.data_ptr())
+        return y
 
     def rmsnorm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows, width = _matrix("x", x)
-        _floats("weight", weight, (width,))
-        y = torch.empty_like(x)
-        self._engine.rmsnorm(x.data_ptr(), 0, weight.data_ptr(), eps, rows, width, 0, y.data_ptr())
+        address = self._vector("weight", weight, width)
+        y = torch.empty(rows, width)
+        self._engine.rmsnorm(x.data_ptr(), 0, address, eps, rows, width, 0, y.data_ptr())
         return y
 
     def add_rmsnorm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, width = _matrix("x", x)
-        _floats("residual", residual, x.shape)
-        _floats("weight", weight, (width,))
-        y, total = torch.empty_like(x), torch.empty_like(x)
-        self._engine.rmsnorm(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, width, total.data_ptr(), y.data_ptr())
+        rows, width = shape = _matrix("x", x)
+        if _matrix("residual", residual) != shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(shape)}")
+        address = self._vector("weight", weight, width)
+        y, total = torch.empty(rows, width), torch.empty(rows, width)
+        self._engine.rmsnorm(x.data_ptr(), residual.data_ptr(), address, eps, rows, width, total.data_ptr(), y.data_ptr())
         return y, total
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self._reference.add(x, residual)
+        rows, width = shape = _matrix("x", x)
+        if _matrix("residual", residual) != shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(shape)}")
+        total = torch.empty(rows, width)
+        self._engine.add(x.data_ptr(), residual.data_ptr(), rows * width, total.data_ptr())
+        return total
 
-    def linear(self, x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
         rows, width = _matrix("x", x)
         if width != weight.inputs:
             raise ValueError(f"x has {width} columns, the weight has {weight.inputs} inputs")
         y = torch.empty(rows, weight.outputs)
-        if rows:
-            self._engine.linear(
-                weight.form,
-                weight.outputs,
-                weight.inputs,
-                weight.group,
-                weight.offset,
-                weight.values.data_ptr(),
-                weight.scales.data_ptr() if weight.scales is not None else 0,
-                weight.minimums.data_ptr() if weight.minimums is not None else 0,
-                weight.bias.data_ptr() if weight.bias is not None else 0,
-                x.data_ptr(),
-                rows,
-                y.data_ptr(),
-            )
+        self._engine.linear(weight.native, x.data_ptr(), rows, y.data_ptr())
         return y
 
     def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         rows, width = _matrix("gate_up", gate_up)
         if activation not in ("silu", "gelu_tanh"):
-            raise ValueError(f"activation {activation!r} is not known: use silu or gelu_tanh")
+            raise ValueError(f'activation "{activation}" is not known: use "silu" or "gelu_tanh"')
+        if width % 2:
+            raise ValueError(f"gate_up has {width} columns, it must have two equal halves")
         y = torch.empty(rows, width // 2)
         self._engine.gated(gate_up.data_ptr(), rows, width // 2, activation == "gelu_tanh", y.data_ptr())
         return y
@@ -188,69 +162,48 @@ class CpuOps:
             raise ValueError(f"qkv has {width} columns, {heads} needs {(heads.query_heads + 2 * heads.kv_heads) * dim}")
         if dim > _WIDEST_HEAD:
             return self._reference.rope_write_kv(qkv, heads, rope, q_norm, k_norm, eps, kv, extents)
-        _pages(kv, heads)
-        _indices("positions", extents.positions, tokens)
-        _indices("slots", extents.slots, tokens)
-        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-            if norm is not None:
-                _floats(name, norm, (dim,))
+        positions, half = _matrix("cos", rope.cos)
+        if _matrix("sin", rope.sin) != rope.cos.shape or 2 * half > dim:
+            raise ValueError(f"cos {tuple(rope.cos.shape)} and sin {tuple(rope.sin.shape)} do not fit heads of {dim}")
         q = torch.empty(tokens, heads.query_heads * dim)
         self._engine.rope_write_kv(
             qkv.data_ptr(),
+            self._native_heads(heads),
             rope.cos.data_ptr(),
             rope.sin.data_ptr(),
-            q_norm.data_ptr() if q_norm is not None else 0,
-            k_norm.data_ptr() if k_norm is not None else 0,
-            extents.positions.data_ptr(),
-            extents.slots.data_ptr(),
-            kv.keys.data_ptr(),
-            kv.values.data_ptr(),
-            q.data_ptr(),
-            tokens,
-            heads.query_heads,
-            heads.kv_heads,
-            dim,
-            rope.cos.shape[1],
-            kv.keys.shape[2],
+            positions,
+            half,
             rope.interleaved,
+            0 if q_norm is None else self._vector("q_norm", q_norm, dim),
+            0 if k_norm is None else self._vector("k_norm", k_norm, dim),
             eps,
+            self._native_pages(kv, heads),
+            self._native_batch(extents, tokens),
+            q.data_ptr(),
         )
         return q
 
     def attention(
         self, q: torch.Tensor, heads: HeadShape, kv: KVPages, extents: Extents, scale: float, window: int | None
     ) -> torch.Tensor:
-        tokens, _ = _matrix("q", q)
-        page_size = kv.keys.shape[2]
-        if heads.dim % _LANES or page_size % _LANES or heads.query_heads // heads.kv_heads > _MOST_SHARED:
+        if heads.dim % _LANES:
             return self._reference.attention(q, heads, kv, extents, scale, window)
-        _floats("q", q, (tokens, heads.query_heads * heads.dim))
-        _pages(kv, heads)
-        _indices("positions", extents.positions, tokens)
-        requests, width = extents.pages.shape
-        _indices("query_start", extents.query_start, requests + 1)
-        out = torch.empty_like(q)
-        self._engine.attention(
-            q.data_ptr(),
-            kv.keys.data_ptr(),
-            kv.values.data_ptr(),
-            extents.positions.data_ptr(),
-            extents.query_start.data_ptr(),
-            extents.pages.data_ptr(),
-            out.data_ptr(),
-            requests,
-            width,
-            heads.query_heads,
-            heads.kv_heads,
-            heads.dim,
-            page_size,
-            window or 0,
-            scale,
-        )
+        tokens, width = _matrix("q", q)
+        if width != heads.query_heads * heads.dim:
+            raise ValueError(f"q has {width} columns, {heads} needs {heads.query_heads * heads.dim}")
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}: a token sees at least itself")
+        native, pages, batch = self._native_heads(heads), self._native_pages(kv, heads), self._native_batch(extents, tokens)
+        out = torch.empty(tokens, width)
+        self._engine.attention(q.data_ptr(), native, pages, batch, scale, window or 0, out.data_ptr())
         return out
 
     def rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return self._reference.rows(x, index)
+        total, width = _matrix("x", x)
+        (count,) = _indices("index", index)
+        y = torch.empty(count, width)
+        self._engine.rows(x.data_ptr(), index.data_ptr(), count, total, width, y.data_ptr())
+        return y
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
         return self._reference.sample(logits, batch)
@@ -258,30 +211,73 @@ class CpuOps:
     def score(self, logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         return self._reference.score(logits, tokens, top)
 
+    def _vector(self, name: str, x: torch.Tensor, size: int) -> int:
+        """The address of a contiguous float32 [size]."""
+        known = self._vectors.get(id(x))
+        if known is not None and known[0]() is x and known[1] == size:
+            return known[2]
+        if x.dtype is not torch.float32 or x.shape != (size,) or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous float32 [{size}], it is {x.dtype} {list(x.shape)}")
+        if len(self._vectors) >= _MOST_KNOWN:
+            self._vectors.clear()
+        self._vectors[id(x)] = (weakref.ref(x), size, x.data_ptr())
+        return x.data_ptr()
 
-def _panels(outputs: int) -> int:
-    return -(-outputs // PANEL)
+    def _native_heads(self, heads: HeadShape) -> Any:
+        native = self._heads.get(heads)
+        if native is None:
+            if min(heads.query_heads, heads.kv_heads, heads.dim) < 1 or heads.query_heads % heads.kv_heads:
+                raise ValueError(f"{heads}: query heads must share KV heads evenly")
+            native = self._heads[heads] = _native.Heads(heads.query_heads, heads.kv_heads, heads.dim)
+        return native
+
+    def _native_pages(self, kv: KVPages, heads: HeadShape) -> Any:
+        keys, values = kv.keys, kv.values
+        known = self._pages.get(id(keys))
+        if known is not None and known[0]() is keys and known[1]() is values and keys.shape[1] == heads.kv_heads and keys.shape[3] == heads.dim:
+            return known[2]
+        for name, x in (("keys", keys), ("values", values)):
+            fits = x.dim() == 4 and x.shape[1] == heads.kv_heads and x.shape[2] > 0 and x.shape[3] == heads.dim and x.shape == keys.shape
+            if x.dtype is not torch.float32 or not fits or not x.is_contiguous():
+                wanted = f"[pages, {heads.kv_heads}, page_size, {heads.dim}]"
+                raise ValueError(f"{name} must be contiguous float32 {wanted}, it is {x.dtype} {list(x.shape)}")
+        if len(self._pages) >= _MOST_KNOWN:
+            self._pages.clear()
+        native = _native.KV(keys.data_ptr(), values.data_ptr(), keys.shape[0], keys.shape[2])
+        self._pages[id(keys)] = (weakref.ref(keys), weakref.ref(values), native)
+        return native
+
+    def _native_batch(self, extents: Extents, tokens: int) -> Any:
+        """All layers of a step share one batch: it is looked at once."""
+        if self._batch is not None and self._batch[0] is extents and self._batch[1] == tokens:
+            return self._batch[2]
+        requests, width = _indices("pages", extents.pages, 2)
+        for name, x, count in (
+            ("positions", extents.positions, tokens),
+            ("slots", extents.slots, tokens),
+            ("query_start", extents.query_start, requests + 1),
+            ("context", extents.context, requests),
+        ):
+            if _indices(name, x) != (count,):
+                raise ValueError(f"{name} must have {count} entries, it has {x.shape[0]}")
+        addresses = [x.data_ptr() for x in (extents.positions, extents.slots, extents.query_start, extents.pages)]
+        native = _native.Batch(*addresses, tokens, requests, width)
+        self._batch = (extents, tokens, native)
+        return native
 
 
-def _matrix(name: str, x: torch.Tensor) -> tuple[int, int]:
+def _storage(weight: Weight) -> torch.Tensor:
+    return weight.codes if isinstance(weight, GroupedInt) else weight.values
+
+
+def _matrix(name: str, x: torch.Tensor) -> torch.Size:
     """The shape of a contiguous float32 matrix. Raises `ValueError` for anything else."""
     if x.dtype is not torch.float32 or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous float32 matrix, it is {x.dtype} {tuple(x.shape)}")
-    return x.shape[0], x.shape[1]
+        raise ValueError(f"{name} must be a contiguous float32 matrix, it is {x.dtype} {list(x.shape)}")
+    return x.shape
 
 
-def _floats(name: str, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    if x.dtype is not torch.float32 or x.shape != tuple(shape) or not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous float32 {tuple(shape)}, it is {x.dtype} {tuple(x.shape)}")
-    return x
-
-
-def _indices(name: str, x: torch.Tensor, count: int) -> None:
-    if x.dtype is not torch.int32 or x.shape != (count,) or not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous int32 [{count}], it is {x.dtype} {tuple(x.shape)}")
-
-
-def _pages(kv: KVPages, heads: HeadShape) -> None:
-    for name, x in (("keys", kv.keys), ("values", kv.values)):
-        if x.dtype is not torch.float32 or x.dim() != 4 or x.shape[1] != heads.kv_heads or x.shape[3] != heads.dim or not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous float32 [pages, {heads.kv_heads}, page_size, {heads.dim}], not {tuple(x.shape)}")
+def _indices(name: str, x: torch.Tensor, dimensions: int = 1) -> torch.Size:
+    if x.dtype is not torch.int32 or x.dim() != dimensions or not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous int32 of {dimensions} dimensions, it is {x.dtype} {list(x.shape)}")
+    return x.shape

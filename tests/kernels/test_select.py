@@ -43,5 +43,5 @@ def test_cpu_kernels_on_another_device_are_refused():
 def test_an_instruction_set_the_machine_lacks_is_refused(monkeypatch):
     pytest.importorskip("headrace.kernels.cpu")
     monkeypatch.setenv("HEADRACE_CPU_ISA", "mmx")
-    with pytest.raises(KernelsUnavailable, match="the native CPU kernels cannot run: .*mmx"):
+    with pytest.raises(KernelsUnavailable, match=r"the native CPU kernels cannot run: .*mmx"):
         make_ops("cpu")

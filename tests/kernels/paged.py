@@ -1,0 +1,65 @@
+"""Flat batches over shuffled pages, for tests of attention and rope: what a worker's batch looks like, made from two lists."""
+
+from dataclasses import dataclass
+
+import torch
+
+from headrace.kernels.ops import Extents, HeadShape, KVPages
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def int32(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Requests of so many tokens in all, the last `fresh` of each in the batch. What no token has been written to is NaN."""
+
+    heads: HeadShape
+    kv: KVPages
+    extents: Extents
+
+    @property
+    def tokens(self) -> int:
+        return self.extents.positions.shape[0]
+
+    def query(self, seed: int = 7) -> torch.Tensor:
+        return random(self.tokens, self.heads.query_heads * self.heads.dim, seed=seed)
+
+    def part(self, request: int, first: int, last: int) -> tuple[slice, "Paged"]:
+        """Rows first … last - 1 of one request as a batch of their own, and where they stand in this one."""
+        e = self.extents
+        begin = int(e.query_start[request])
+        rows = slice(begin + first, begin + last)
+        context = e.positions[rows.stop - 1 : rows.stop] + 1
+        pages = e.pages[request : request + 1, : -(-int(context) // self.kv.keys.shape[2])]
+        extents = Extents(e.positions[rows].clone(), e.slots[rows].clone(), int32([0, last - first]), context, pages.contiguous())
+        return rows, Paged(self.heads, self.kv, extents)
+
+    def empty(self) -> KVPages:
+        """Pages like this batch's with nothing in them yet."""
+        return KVPages(torch.full_like(self.kv.keys, torch.nan), torch.full_like(self.kv.values, torch.nan))
+
+
+def paged(heads: HeadShape, page_size: int, contexts: list[int], fresh: list[int], seed: int = 0) -> Paged:
+    widths = [-(-context // page_size) for context in contexts]
+    order = torch.randperm(sum(widths) + 3, generator=torch.Generator().manual_seed(seed)).int()
+    table = torch.zeros(len(contexts), max(*widths, 1), dtype=torch.int32)
+    shape = (len(order), heads.kv_heads, page_size, heads.dim)
+    kv = KVPages(torch.full(shape, torch.nan), torch.full(shape, torch.nan))
+    positions, slots, starts, used = [], [], [0], 0
+    for request, (context, width, new) in enumerate(zip(contexts, widths, fresh, strict=True)):
+        table[request, :width] = order[used : used + width]
+        used += width
+        places = torch.arange(context)
+        pages, offsets = table[request].long()[places // page_size], places % page_size
+        kv.keys[pages, :, offsets] = random(context, heads.kv_heads, heads.dim, seed=seed + 2 * request)
+        kv.values[pages, :, offsets] = random(context, heads.kv_heads, heads.dim, seed=seed + 2 * request + 1)
+        positions += places[context - new :].tolist()
+        slots += (pages * page_size + offsets)[context - new :].tolist()
+        starts.append(len(positions))
+    return Paged(heads, kv, Extents(int32(positions), int32(slots), int32(starts), int32(contexts), table))
