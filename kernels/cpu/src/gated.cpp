@@ -33,8 +33,8 @@ void one_row(const float* gate, const float* up, int64_t width, float* y) {
 }  // namespace
 
 void gated(Pool& pool, const float* gate_up, int64_t rows, int64_t width, bool use_gelu, float* y) {
-    int64_t each = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, width)), units = (rows + each - 1) / each;
-    pool.run(static_cast<int>(units), [&](int unit) {
+    const int64_t each = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, width));
+    pool.run((rows + each - 1) / each, [&](int64_t unit) {
         for (int64_t row = unit * each; row < std::min(rows, (unit + 1) * each); row++) {
             const float* gate = gate_up + row * 2 * width;
             (use_gelu ? one_row<gelu> : one_row<silu>)(gate, gate + width, width, y + row * width);

@@ -1,196 +1,149 @@
 // y = x W^T + b for packed weights.
 //
 // Every output is one chain of fused multiply-adds over the inputs in order, from 0 up, whatever the number of rows and however
-// the work is cut: acc = fma(x[k], w[k], acc). Integers are widened to value = scale * code + minimum first. That is the whole
-// definition; the two ways below only differ in where values and sums lie meanwhile.
+// the work is cut: acc = fma(x[k], w[k], acc), then the bias. That is the whole definition; the two ways below only differ in where
+// weights and sums lie meanwhile.
 //
-//   one row     values are widened in registers, two panels side by side hide the latency of the chain
-//   more rows   a block of inputs of one panel is widened once into scratch, and read by all rows, six at a time
+//   one row     weights are widened in registers; several panels side by side hide the latency of the chain
+//   more rows   a block of inputs of a panel is widened once into scratch, and read by all rows, up to TALL at a time
 #include <algorithm>
+#include <array>
+#include <utility>
 
-#include "ops.h"
-#include "vec.h"
+#include "packed.h"
 
 namespace headrace::HEADRACE_ISA {
 namespace {
 
-constexpr int HALF = PANEL / LANES;  // vectors a panel
-constexpr int64_t DEPTH = 256;       // inputs widened at once: 16 KiB of scratch
-constexpr int64_t ROWS = 96;         // rows that share a widened block; their x stays in the second-level cache
-constexpr int TALL = 6;              // rows whose sums stay in registers
+using wide::Floats;
 
-template <class T>
-struct Floats {
-    const T* values;
+constexpr int TALL = wide::WIDTH == LANES ? 6 : 12;   // rows whose sums stay in registers together
+constexpr int SHORT = wide::WIDTH == LANES ? 2 : 6;   // up to here two panels share a pass, to have enough chains
+constexpr int64_t DEPTH = 256;                        // inputs of one panel widened at once: 16 KiB of scratch
+constexpr int64_t ROWS = 96;                          // rows that share a widened block; their x stays in the second-level cache
+constexpr int64_t WORTH = 1 << 18;                    // multiply-adds that are worth handing to a thread
 
-    Floats(const Linear& w, int64_t panel) : values(static_cast<const T*>(w.values) + panel * w.inputs * PANEL) {}
-
-    // Calls use(k, low lanes, high lanes) for k in [from, to).
-    template <class Use>
-    void widen_each(int64_t from, int64_t to, const Use& use) const {
-        for (int64_t k = from; k < to; k++) use(k, widen(values + k * PANEL), widen(values + k * PANEL + LANES));
-    }
-};
-
-template <bool MINIMUMS>
-struct Scaled {
-    Vec scale[HALF], minimum[HALF];
-
-    Scaled(const Linear& w, int64_t panel, int64_t g) {
-        int64_t at = (panel * (w.inputs / w.group) + g) * PANEL;
-        for (int h = 0; h < HALF; h++) {
-            scale[h] = load(w.scales + at + h * LANES);
-            if (MINIMUMS) minimum[h] = load(w.minimums + at + h * LANES);
-        }
-    }
-
-    Vec operator()(int h, Vec code) const { return MINIMUMS ? fma(scale[h], code, minimum[h]) : scale[h] * code; }
-};
-
-template <bool MINIMUMS>
-struct Int8 {
-    const Linear& w;
-    int64_t panel;
-    const int8_t* codes;
-
-    Int8(const Linear& w, int64_t panel) : w(w), panel(panel), codes(static_cast<const int8_t*>(w.values) + panel * w.inputs * PANEL) {}
-
-    template <class Use>
-    void widen_each(int64_t from, int64_t to, const Use& use) const {
-        for (int64_t k = from; k < to;) {
-            int64_t g = k / w.group, end = std::min(to, (g + 1) * w.group);
-            Scaled<MINIMUMS> value(w, panel, g);
-            for (; k < end; k++) use(k, value(0, widen(codes + k * PANEL)), value(1, widen(codes + k * PANEL + LANES)));
-        }
-    }
-};
-
-template <bool MINIMUMS>
-struct Int4 {
-    const Linear& w;
-    int64_t panel;
-    const uint8_t* codes;
-
-    Int4(const Linear& w, int64_t panel) : w(w), panel(panel), codes(static_cast<const uint8_t*>(w.values) + panel * w.inputs / 2 * PANEL) {}
-
-    template <class Use>
-    void widen_each(int64_t from, int64_t to, const Use& use) const {
-        const int offset = w.offset;
-        for (int64_t k = from; k < to;) {
-            int64_t g = k / w.group, end = std::min(to, (g + 1) * w.group);
-            Scaled<MINIMUMS> value(w, panel, g);
-            for (; k < end; k += 2) {
-                const uint8_t* pair = codes + k / 2 * PANEL;
-                Ints a = ints(pair), b = ints(pair + LANES);
-                auto code = [&](Ints nibble) { return floats(nibble - offset); };
-                use(k, value(0, code(a & 15)), value(1, code(b & 15)));
-                use(k + 1, value(0, code(a >> 4)), value(1, code(b >> 4)));
-            }
-        }
-    }
-};
-
-// Writes the first `count` outputs of a panel.
-inline void finish(const Linear& w, int64_t panel, const Vec (&acc)[HALF], float* y) {
-    int64_t n = panel * PANEL;
-    float out[PANEL];
-    for (int h = 0; h < HALF; h++) store(out + h * LANES, acc[h]);
-    int64_t count = std::min<int64_t>(PANEL, w.outputs - n);
+// The first outputs of a panel's sums, with their bias.
+inline void finish(const Linear& w, int64_t panel, const float* sums, float* y) {
+    int64_t n = panel * PANEL, count = std::min<int64_t>(PANEL, w.outputs - n);
     if (w.bias)
-        for (int64_t i = 0; i < count; i++) out[i] += w.bias[n + i];
-    std::memcpy(y + n, out, count * sizeof(float));
+        for (int64_t i = 0; i < count; i++) y[n + i] = sums[i] + w.bias[n + i];
+    else
+        std::memcpy(y + n, sums, count * sizeof(float));
 }
 
-template <class Source>
-void one_row(const Linear& w, const float* x, int64_t panel, float* y) {
-    Vec acc[HALF] = {};
-    Source(w, panel).widen_each(0, w.inputs, [&](int64_t k, Vec low, Vec high) {
-        Vec xk = all(x[k]);
-        acc[0] = fma(xk, low, acc[0]);
-        acc[1] = fma(xk, high, acc[1]);
-    });
-    finish(w, panel, acc, y);
-}
-
-// Adds inputs [from, to) of N rows to their sums, which wait in `sums` [rows, PANEL] between blocks of inputs.
-template <int N>
-void few_rows(const float* scratch, const float* x, int64_t stride, int64_t count, float* sums) {
-    Vec acc[N][HALF];
-    for (int r = 0; r < N; r++)
-        for (int h = 0; h < HALF; h++) acc[r][h] = load(sums + r * PANEL + h * LANES);
-    for (int64_t k = 0; k < count; k++) {
-        Vec low = load(scratch + k * PANEL), high = load(scratch + k * PANEL + LANES);
+template <int P, class Source>
+void one_row(const Source& source, const float* x, int64_t panel, float* y) {
+    const Linear& w = source.w;
+    Floats acc[P][PARTS] = {};
+    int64_t k = 0;
+    for (int64_t g = 0; k < w.inputs; g++) {
+        typename Source::Group groups[P];
+        for (int p = 0; p < P; p++) groups[p] = source.group(panel + p, g);
+        for (int64_t end = k + w.group; k < end; k += Source::STEP) {
 #pragma GCC unroll 8
-        for (int r = 0; r < N; r++) {
-            Vec xk = all(x[r * stride + k]);
-            acc[r][0] = fma(xk, low, acc[r][0]);
-            acc[r][1] = fma(xk, high, acc[r][1]);
+            for (int p = 0; p < P; p++)
+                source.each(groups[p], panel + p, k, [&](int step, int part, Floats value) {
+                    acc[p][part] = wide::fma(wide::all(x[k + step]), value, acc[p][part]);
+                });
         }
     }
+    for (int p = 0; p < P; p++) {
+        float sums[PANEL];
+        for (int part = 0; part < PARTS; part++) wide::store(sums + part * wide::WIDTH, acc[p][part]);
+        finish(w, panel + p, sums, y);
+    }
+}
+
+// Adds `count` inputs of N rows to their sums, which wait in `sums` [rows, P * PANEL] between blocks of inputs. Scratch holds the
+// weights as [P][count][PANEL].
+template <int N, int P>
+void add_rows(const float* scratch, const float* x, int64_t stride, int64_t count, float* sums) {
+    constexpr int VECTORS = P * PARTS;
+    Floats acc[N][VECTORS];
+#pragma GCC unroll 16
     for (int r = 0; r < N; r++)
-        for (int h = 0; h < HALF; h++) store(sums + r * PANEL + h * LANES, acc[r][h]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) acc[r][v] = wide::load(sums + r * P * PANEL + v * wide::WIDTH);
+    const float* second = scratch + count * PANEL;
+    for (int64_t k = 0; k < count; k++) {
+        Floats weights[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            weights[v] = wide::load((v < PARTS ? scratch : second) + k * PANEL + v % PARTS * wide::WIDTH);
+#pragma GCC unroll 16
+        for (int r = 0; r < N; r++) {
+            Floats xk = wide::all(x[r * stride + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) acc[r][v] = wide::fma(xk, weights[v], acc[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < N; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) wide::store(sums + r * P * PANEL + v * wide::WIDTH, acc[r][v]);
 }
 
-template <class Source>
-void more_rows(const Linear& w, const float* x, int64_t rows, int64_t panel, float* y) {
+using AddRows = void (*)(const float*, const float*, int64_t, int64_t, float*);
+
+template <int P, int... N>
+constexpr std::array<AddRows, sizeof...(N)> add_rows_table(std::integer_sequence<int, N...>) {
+    return {add_rows<N + 1, P>...};
+}
+
+constexpr auto ONE_PANEL = add_rows_table<1>(std::make_integer_sequence<int, TALL>());
+constexpr auto TWO_PANELS = add_rows_table<2>(std::make_integer_sequence<int, SHORT>());
+
+template <int P, class Source>
+void more_rows(const Source& source, const float* x, int64_t rows, int64_t panel, float* y) {
     alignas(64) float scratch[DEPTH * PANEL];
-    alignas(64) float sums[ROWS * PANEL] = {};
-    Source source(w, panel);
-    for (int64_t from = 0; from < w.inputs; from += DEPTH) {
-        int64_t to = std::min(w.inputs, from + DEPTH), count = to - from;
-        source.widen_each(from, to, [&](int64_t k, Vec low, Vec high) {
-            store(scratch + (k - from) * PANEL, low);
-            store(scratch + (k - from) * PANEL + LANES, high);
-        });
-        int64_t r = 0;
-        for (; r + TALL <= rows; r += TALL) few_rows<TALL>(scratch, x + r * w.inputs + from, w.inputs, count, sums + r * PANEL);
-        const float* rest = x + r * w.inputs + from;
-        float* rest_sums = sums + r * PANEL;
-        switch (rows - r) {
-            case 1: few_rows<1>(scratch, rest, w.inputs, count, rest_sums); break;
-            case 2: few_rows<2>(scratch, rest, w.inputs, count, rest_sums); break;
-            case 3: few_rows<3>(scratch, rest, w.inputs, count, rest_sums); break;
-            case 4: few_rows<4>(scratch, rest, w.inputs, count, rest_sums); break;
-            case 5: few_rows<5>(scratch, rest, w.inputs, count, rest_sums); break;
+    alignas(64) float sums[(P == 1 ? ROWS : SHORT) * P * PANEL];
+    const Linear& w = source.w;
+    std::fill(sums, sums + rows * P * PANEL, 0.0f);
+    const int64_t tiles = (rows + TALL - 1) / TALL, short_tile = rows / tiles, taller = rows % tiles;
+    for (int64_t from = 0; from < w.inputs; from += DEPTH / P) {
+        int64_t to = std::min(w.inputs, from + DEPTH / P), count = to - from;
+        for (int p = 0; p < P; p++) widen_panel(source, panel + p, from, to, scratch + p * count * PANEL);
+        for (int64_t tile = 0, r = 0; tile < tiles; tile++) {
+            int64_t height = short_tile + (tile < taller);
+            AddRows add = P == 1 ? ONE_PANEL[height - 1] : TWO_PANELS[height - 1];
+            add(scratch, x + r * w.inputs + from, w.inputs, count, sums + r * P * PANEL);
+            r += height;
         }
     }
-    for (int64_t r = 0; r < rows; r++) {
-        Vec acc[HALF];
-        for (int h = 0; h < HALF; h++) acc[h] = load(sums + r * PANEL + h * LANES);
-        finish(w, panel, acc, y + r * w.outputs);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int p = 0; p < P; p++) finish(w, panel + p, sums + (r * P + p) * PANEL, y + r * w.outputs);
 }
 
+// Panels [first, last) of some rows.
 template <class Source>
-void linear_of(Pool& pool, const Linear& w, const float* x, int64_t rows, float* y) {
-    int64_t panels = (w.outputs + PANEL - 1) / PANEL;
-    int64_t blocks = (rows + ROWS - 1) / ROWS;
-    // A unit is some panels of one block of rows: enough work to be worth a hand-over, enough units to balance.
-    int64_t work = std::max<int64_t>(1, std::min(rows, ROWS)) * w.inputs * PANEL;
-    int64_t each = std::clamp<int64_t>((1 << 18) / work, 1, std::max<int64_t>(1, panels / (2 * pool.threads())));
-    int64_t groups = (panels + each - 1) / each;
-    pool.run(static_cast<int>(groups * blocks), [&](int unit) {
-        int64_t block = unit / groups, first = unit % groups * each, last = std::min(panels, first + each);
-        int64_t row = block * ROWS, count = std::min(ROWS, rows - row);
-        for (int64_t panel = first; panel < last; panel++) {
-            if (rows == 1)
-                one_row<Source>(w, x, panel, y);
-            else
-                more_rows<Source>(w, x + row * w.inputs, count, panel, y + row * w.outputs);
-        }
-    });
+void panels_of(const Source& source, const float* x, int64_t rows, int64_t first, int64_t last, float* y) {
+    if (rows == 1) {
+        for (; first + Source::PANELS <= last; first += Source::PANELS) one_row<Source::PANELS>(source, x, first, y);
+        for (; first < last; first++) one_row<1>(source, x, first, y);
+        return;
+    }
+    if (rows <= SHORT)
+        for (; first + 2 <= last; first += 2) more_rows<2>(source, x, rows, first, y);
+    for (; first < last; first++) more_rows<1>(source, x, rows, first, y);
 }
 
 }  // namespace
 
 void linear(Pool& pool, const Linear& w, const float* x, int64_t rows, float* y) {
-    switch (w.form) {
-        case Form::f32: return linear_of<Floats<float>>(pool, w, x, rows, y);
-        case Form::bf16: return linear_of<Floats<BFloat>>(pool, w, x, rows, y);
-        case Form::f16: return linear_of<Floats<Half>>(pool, w, x, rows, y);
-        case Form::int8: return w.minimums ? linear_of<Int8<true>>(pool, w, x, rows, y) : linear_of<Int8<false>>(pool, w, x, rows, y);
-        case Form::int4: return w.minimums ? linear_of<Int4<true>>(pool, w, x, rows, y) : linear_of<Int4<false>>(pool, w, x, rows, y);
-    }
+    const int64_t panels = (w.outputs + PANEL - 1) / PANEL;
+    // Blocks of rows are about equal; a unit is some panels of one block: enough work to be worth a hand-over, enough units to balance.
+    const int64_t blocks = (rows + ROWS - 1) / ROWS, height = (rows + blocks - 1) / blocks;
+    const int64_t wanted = std::max<int64_t>(1, WORTH / (height * w.inputs * PANEL));
+    const int64_t most = std::max<int64_t>(1, panels / (4 * pool.threads()));
+    with_source(w, [&](auto source) {
+        const int64_t side = rows == 1 ? source.PANELS : rows <= SHORT ? 2 : 1;
+        const int64_t each = (std::min(wanted, most) + side - 1) / side * side, groups = (panels + each - 1) / each;
+        pool.run(groups * blocks, [&](int64_t unit) {
+            int64_t row = unit / groups * height, first = unit % groups * each;
+            panels_of(source, x + row * w.inputs, std::min(height, rows - row), first, std::min(panels, first + each), y + row * w.outputs);
+        });
+    });
 }
 
 }  // namespace headrace::HEADRACE_ISA

@@ -1,16 +1,16 @@
-// The Python module: binds the ops of the best instruction set that this machine has, and packs weights. Pointers come as integers:
-// `kernels/cpu/__init__.py`, the only caller, has checked what they point to. The GIL is released while anything computes.
+// The Python module: binds the ops of the best instruction set that this machine has. Pointers come as integers:
+// `kernels/cpu/__init__.py`, the only caller, has checked type and shape of what they point to. What the arrays of indices say is
+// checked here, before every call, so that no op reads or writes out of bounds. The GIL is released while anything computes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "ops.h"
+#include "pack.h"
 
 namespace nb = nanobind;
 using namespace headrace;
@@ -24,21 +24,43 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+const float* floats(Address address) { return at<const float>(address); }
+
+const int32_t* indices(Address address) { return at<const int32_t>(address); }
+
+// The instruction sets that this machine has, best first.
 std::vector<const Ops*> tables() {
     std::vector<const Ops*> found;
-#ifdef HEADRACE_HAS_AVX2
+#ifdef HEADRACE_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(&avx2::ops);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512) found.push_back(&avx512::ops);
+    if (avx2) found.push_back(&avx2::ops);
 #endif
     found.push_back(&portable::ops);
     return found;
 }
 
-// Rows [first, last) of a weight [N, K] of `size`-byte values into panels: out[panel][k][PANEL]. Rows from N on are zero.
-template <class T>
-void pack_panel(const T* rows, int64_t inputs, int64_t count, T* out) {
-    for (int64_t k = 0; k < inputs; k++)
-        for (int64_t r = 0; r < PANEL; r++) out[k * PANEL + r] = r < count ? rows[r * inputs + k] : T(0);
+[[noreturn]] void refuse(const std::string& text) { throw nb::value_error(text.c_str()); }
+
+void within(const char* name, const int32_t* values, int64_t count, int64_t limit) {
+    uint32_t highest = 0;  // a negative number is a high one
+    for (int64_t i = 0; i < count; i++) highest = std::max(highest, static_cast<uint32_t>(values[i]));
+    if (count && highest >= limit)
+        refuse(std::string(name) + " holds " + std::to_string(static_cast<int32_t>(highest)) + ", it must stay within 0 … " +
+               std::to_string(limit - 1));
+}
+
+// Every request's rows and pages lie within what there is.
+void check_batch(const Batch& batch, const KV& kv) {
+    if (batch.query_start[0] != 0 || batch.query_start[batch.requests] != batch.tokens)
+        refuse("query_start must run from 0 to the " + std::to_string(batch.tokens) + " tokens of the batch");
+    for (int64_t r = 0; r < batch.requests; r++)
+        if (batch.query_start[r] > batch.query_start[r + 1]) refuse("query_start must not fall, it does at request " + std::to_string(r));
+    within("positions", batch.positions, batch.tokens, batch.table_width * kv.page_size);
+    within("pages", batch.pages, batch.requests * batch.table_width, kv.pages);
 }
 
 class Engine {
@@ -49,79 +71,68 @@ class Engine {
                 ops_ = table;
                 return;
             }
-        throw nb::value_error(("this machine cannot run kernels for " + isa).c_str());
+        refuse("this machine has no instruction set \"" + isa + "\"");
     }
 
     std::string isa() const { return ops_->isa; }
     int threads() const { return pool_.threads(); }
 
-    // Packs values [N, K] of 1, 2 or 4 bytes into panels.
     void pack(Address from, int64_t outputs, int64_t inputs, int size, Address to) {
         nb::gil_scoped_release release;
-        int64_t panels = (outputs + PANEL - 1) / PANEL;
-        pool_.run(static_cast<int>(panels), [&](int panel) {
-            int64_t count = std::min<int64_t>(PANEL, outputs - static_cast<int64_t>(panel) * PANEL), start = panel * PANEL * inputs;
-            if (size == 1) pack_panel(at<const int8_t>(from) + start, inputs, count, at<int8_t>(to) + start);
-            if (size == 2) pack_panel(at<const uint16_t>(from) + start, inputs, count, at<uint16_t>(to) + start);
-            if (size == 4) pack_panel(at<const uint32_t>(from) + start, inputs, count, at<uint32_t>(to) + start);
-        });
+        headrace::pack(pool_, at<const void>(from), outputs, inputs, size, at<void>(to));
     }
 
-    // Packs codes int8 [N, K], each plus `offset` within 0 … 15, two to a byte.
     void pack_nibbles(Address from, int64_t outputs, int64_t inputs, int offset, Address to) {
         nb::gil_scoped_release release;
-        int64_t panels = (outputs + PANEL - 1) / PANEL;
-        pool_.run(static_cast<int>(panels), [&](int panel) {
-            int64_t count = std::min<int64_t>(PANEL, outputs - static_cast<int64_t>(panel) * PANEL), start = panel * PANEL * inputs;
-            const int8_t* rows = at<const int8_t>(from) + start;
-            uint8_t* out = at<uint8_t>(to) + start / 2;
-            for (int64_t r = 0; r < PANEL; r++) {
-                uint8_t nothing = static_cast<uint8_t>(offset | offset << 4);
-                const int8_t* row = rows + r * inputs;
-                for (int64_t pair = 0; pair < inputs / 2; pair++)
-                    out[pair * PANEL + r] =
-                        r < count ? static_cast<uint8_t>((row[2 * pair] + offset) | (row[2 * pair + 1] + offset) << 4) : nothing;
-            }
-        });
+        headrace::pack_nibbles(pool_, at<const int8_t>(from), outputs, inputs, offset, at<uint8_t>(to));
     }
 
-    void linear(int form, int64_t outputs, int64_t inputs, int group, int offset, Address values, Address scales, Address minimums,
-                Address bias, Address x, int64_t rows, Address y) {
+    void linear(const Linear& weight, Address x, int64_t rows, Address y) {
+        if (rows == 0) return;
         nb::gil_scoped_release release;
-        Linear weight{static_cast<Form>(form), outputs,
-                      inputs,                  group,
-                      offset,                  at<const void>(values),
-                      at<const float>(scales), at<const float>(minimums),
-                      at<const float>(bias)};
-        ops_->linear(pool_, weight, at<const float>(x), rows, at<float>(y));
+        ops_->linear(pool_, weight, floats(x), rows, at<float>(y));
     }
 
-    void attention(Address q, Address keys, Address values, Address positions, Address query_start, Address pages, Address out, int requests,
-                   int table_width, int query_heads, int kv_heads, int dim, int page_size, int window, float scale) {
+    void embed(const Linear& table, Address ids, int64_t count, float scale, Address y) {
+        within("ids", indices(ids), count, table.outputs);
         nb::gil_scoped_release release;
-        ops_->attention(pool_, {at<const float>(q), at<const float>(keys), at<const float>(values), at<const int32_t>(positions),
-                                at<const int32_t>(query_start), at<const int32_t>(pages), at<float>(out), requests, table_width, query_heads,
-                                kv_heads, dim, page_size, window, scale});
+        ops_->embed(pool_, table, indices(ids), count, scale, at<float>(y));
     }
 
-    void rope_write_kv(Address qkv, Address cos, Address sin, Address q_norm, Address k_norm, Address positions, Address slots, Address keys,
-                       Address values, Address q, int tokens, int query_heads, int kv_heads, int dim, int half, int page_size,
-                       bool interleaved, float eps) {
+    void rows(Address x, Address index, int64_t count, int64_t all, int64_t width, Address y) {
+        within("index", indices(index), count, all);
         nb::gil_scoped_release release;
-        ops_->rope_write_kv(pool_, {at<const float>(qkv), at<const float>(cos), at<const float>(sin), at<const float>(q_norm),
-                                    at<const float>(k_norm), at<const int32_t>(positions), at<const int32_t>(slots), at<float>(keys),
-                                    at<float>(values), at<float>(q), tokens, query_heads, kv_heads, dim, half, page_size, interleaved, eps});
+        for (int64_t i = 0; i < count; i++) std::copy_n(floats(x) + indices(index)[i] * width, width, at<float>(y) + i * width);
+    }
+
+    void attention(Address q, const Heads& heads, const KV& kv, const Batch& batch, float scale, int window, Address out) {
+        check_batch(batch, kv);
+        nb::gil_scoped_release release;
+        ops_->attention(pool_, floats(q), heads, kv, batch, scale, window, at<float>(out));
+    }
+
+    void rope_write_kv(Address qkv, const Heads& heads, Address cos, Address sin, int64_t positions, int64_t half, bool interleaved,
+                       Address q_norm, Address k_norm, float eps, const KV& kv, const Batch& batch, Address q) {
+        within("positions", batch.positions, batch.tokens, positions);
+        within("slots", batch.slots, batch.tokens, kv.pages * kv.page_size);
+        nb::gil_scoped_release release;
+        const Rope rope{floats(cos), floats(sin), positions, half, interleaved, floats(q_norm), floats(k_norm), eps};
+        ops_->rope_write_kv(pool_, floats(qkv), heads, rope, kv, batch, at<float>(q));
     }
 
     void rmsnorm(Address x, Address residual, Address weight, float eps, int64_t rows, int64_t width, Address sum, Address y) {
         nb::gil_scoped_release release;
-        ops_->rmsnorm(pool_, at<const float>(x), at<const float>(residual), at<const float>(weight), eps, rows, width, at<float>(sum),
-                      at<float>(y));
+        ops_->rmsnorm(pool_, floats(x), floats(residual), floats(weight), eps, rows, width, at<float>(sum), at<float>(y));
     }
 
     void gated(Address gate_up, int64_t rows, int64_t width, bool gelu, Address y) {
         nb::gil_scoped_release release;
-        ops_->gated(pool_, at<const float>(gate_up), rows, width, gelu, at<float>(y));
+        ops_->gated(pool_, floats(gate_up), rows, width, gelu, at<float>(y));
+    }
+
+    void add(Address x, Address residual, int64_t count, Address sum) {
+        nb::gil_scoped_release release;
+        ops_->add(pool_, floats(x), floats(residual), count, at<float>(sum));
     }
 
   private:
@@ -138,6 +149,21 @@ NB_MODULE(_native, m) {
         for (const Ops* table : tables()) names.push_back(table->isa);
         return names;
     });
+    nb::class_<Linear>(m, "Linear")
+        .def("__init__", [](Linear* self, int form, int64_t outputs, int64_t inputs, int64_t group, int offset, bool halves, Address values,
+                            Address scales, Address minimums, Address bias) {
+            new (self) Linear{static_cast<Form>(form), outputs, inputs, group, offset, halves, at<const void>(values),
+                              at<const void>(scales), at<const void>(minimums), floats(bias)};
+        });
+    nb::class_<Heads>(m, "Heads").def("__init__", [](Heads* self, int query, int kv, int dim) { new (self) Heads{query, kv, dim}; });
+    nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, int64_t pages, int64_t page_size) {
+        new (self) KV{at<float>(keys), at<float>(values), pages, page_size};
+    });
+    nb::class_<Batch>(m, "Batch")
+        .def("__init__", [](Batch* self, Address positions, Address slots, Address query_start, Address pages, int64_t tokens,
+                            int64_t requests, int64_t table_width) {
+            new (self) Batch{indices(positions), indices(slots), indices(query_start), indices(pages), tokens, requests, table_width};
+        });
     nb::class_<Engine>(m, "Engine")
         .def(nb::init<int, const std::string&>())
         .def_prop_ro("isa", &Engine::isa)
@@ -145,8 +171,11 @@ NB_MODULE(_native, m) {
         .def("pack", &Engine::pack)
         .def("pack_nibbles", &Engine::pack_nibbles)
         .def("linear", &Engine::linear)
+        .def("embed", &Engine::embed)
+        .def("rows", &Engine::rows)
         .def("attention", &Engine::attention)
         .def("rope_write_kv", &Engine::rope_write_kv)
         .def("rmsnorm", &Engine::rmsnorm)
-        .def("gated", &Engine::gated);
+        .def("gated", &Engine::gated)
+        .def("add", &Engine::add);
 }

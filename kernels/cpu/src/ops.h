@@ -1,5 +1,5 @@
 // The native ops of one instruction set, as a table of functions. Arguments are raw pointers to contiguous float32 and int32 arrays;
-// `kernels/cpu/__init__.py` has checked them.
+// `kernels/cpu/__init__.py` has checked shapes and types, `module.cpp` that indices stay within bounds.
 #pragma once
 
 #include <cstdint>
@@ -16,62 +16,75 @@ enum class Form : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4 };
 // A weight [N, K] packed into panels:
 //   values    [N / PANEL][K][PANEL]            f32, bf16, f16 or int8
 //             [N / PANEL][K / 2][PANEL] bytes  int4: input 2i in the low nibble, 2i + 1 in the high one
-//   scales    [N / PANEL][K / group][PANEL]    float, integers only
+//   scales    [N / PANEL][K / group][PANEL]    float, or IEEE binary16 where `halves`; integers only
 //   minimums  the same, or null
-// N is rounded up to PANEL with zeros. A code is its nibble or byte minus `offset`.
+// N is rounded up to PANEL with zeros. A code is its nibble or byte minus `offset`, which is not 0 only without minimums.
+// Floats are one group of K inputs.
 struct Linear {
     Form form;
-    int64_t outputs, inputs;
-    int group, offset;
+    int64_t outputs, inputs, group;
+    int offset;
+    bool halves;
     const void* values;
-    const float* scales;
-    const float* minimums;
+    const void* scales;
+    const void* minimums;
     const float* bias;  // [N] or null
 };
 
-struct Attention {
-    const float* q;  // [T, Hq, D]
-    const float* keys;
-    const float* values;  // [pages, Hkv, page_size, D]
+// Rows `query_start[r] … query_start[r + 1] - 1` of the batch belong to request r, whose pages stand in row r of `pages`.
+struct Batch {
     const int32_t* positions;    // [T]
+    const int32_t* slots;        // [T]
     const int32_t* query_start;  // [R + 1]
     const int32_t* pages;        // [R, table_width]
-    float* out;                  // [T, Hq, D]
-    int requests, table_width, query_heads, kv_heads, dim, page_size, window;  // window 0: none
-    float scale;
+    int64_t tokens, requests, table_width;
+};
+
+struct Heads {
+    int query, kv, dim;
+};
+
+// Pages of one layer: keys and values [pages, Hkv, page_size, D].
+struct KV {
+    float* keys;
+    float* values;
+    int64_t pages, page_size;
 };
 
 struct Rope {
-    const float* qkv;  // [T, Hq + 2 Hkv, D]
     const float* cos;
-    const float* sin;     // [positions, half]
+    const float* sin;  // [positions, half]
+    int64_t positions, half;
+    bool interleaved;
     const float* q_norm;  // [D] or null
     const float* k_norm;
-    const int32_t* positions;
-    const int32_t* slots;
-    float* keys;
-    float* values;
-    float* q;  // [T, Hq, D]
-    int tokens, query_heads, kv_heads, dim, half, page_size;
-    bool interleaved;
     float eps;
 };
 
 struct Ops {
     const char* isa;
+    // x [rows, K] to y [rows, N], rows > 0.
     void (*linear)(Pool&, const Linear&, const float* x, int64_t rows, float* y);
-    void (*attention)(Pool&, const Attention&);
-    void (*rope_write_kv)(Pool&, const Rope&);
+    // y[i] = row ids[i] of the weight, times scale.
+    void (*embed)(Pool&, const Linear&, const int32_t* ids, int64_t count, float scale, float* y);
+    // q and out [T, Hq, D]. A window of 0 is none.
+    void (*attention)(Pool&, const float* q, const Heads&, const KV&, const Batch&, float scale, int window, float* out);
+    // qkv [T, Hq + 2 Hkv, D] to q [T, Hq, D] and the pages.
+    void (*rope_write_kv)(Pool&, const float* qkv, const Heads&, const Rope&, const KV&, const Batch&, float* q);
     // residual and its sum may be null together: then only x is normalized.
     void (*rmsnorm)(Pool&, const float* x, const float* residual, const float* weight, float eps, int64_t rows, int64_t width, float* sum,
                     float* y);
     void (*gated)(Pool&, const float* gate_up, int64_t rows, int64_t width, bool gelu, float* y);
+    void (*add)(Pool&, const float* x, const float* residual, int64_t count, float* sum);
 };
 
 namespace portable {
 extern const Ops ops;
 }
 namespace avx2 {
+extern const Ops ops;
+}
+namespace avx512 {
 extern const Ops ops;
 }
 

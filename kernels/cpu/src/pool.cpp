@@ -1,11 +1,13 @@
 #include "pool.h"
 
 #include <chrono>
+#include <new>
 
 namespace headrace {
 namespace {
 
 constexpr auto SPIN = std::chrono::microseconds(100);
+constexpr int PATIENCE = 2000;  // pauses before the caller lets another thread have its core
 
 void pause() {
 #if defined(__x86_64__)
@@ -13,7 +15,31 @@ void pause() {
 #endif
 }
 
+struct Room {
+    static constexpr std::align_val_t LINE{64};
+    float* floats = nullptr;
+    size_t size = 0;
+
+    ~Room() { operator delete(floats, LINE); }
+
+    float* of(size_t wanted) {
+        if (wanted > size) {
+            operator delete(floats, LINE);
+            floats = nullptr;
+            size = 0;
+            floats = static_cast<float*>(operator new(wanted * sizeof(float), LINE));
+            size = wanted;
+        }
+        return floats;
+    }
+};
+
 }  // namespace
+
+float* Pool::scratch(int slot, size_t floats) {
+    thread_local Room rooms[2];
+    return rooms[slot].of(floats);
+}
 
 Pool::Pool(int threads) {
     for (int i = 1; i < threads; i++) workers_.emplace_back([this] { live(); });
@@ -27,10 +53,11 @@ Pool::~Pool() {
 }
 
 void Pool::work_off() {
-    for (int unit; (unit = next_.fetch_add(1)) < units_;) call_(context_, unit);
+    for (int64_t unit; (unit = next_.fetch_add(1)) < units_;) call_(context_, unit);
 }
 
-void Pool::start(Call call, const void* context, int units) {
+void Pool::start(Call call, const void* context, int64_t units) {
+    std::lock_guard turn(turn_);
     call_ = call;
     context_ = context;
     units_ = units;
@@ -39,7 +66,8 @@ void Pool::start(Call call, const void* context, int units) {
     round_.notify_all();
     work_off();
     round_ += 1;  // closed: a worker that comes now leaves again without looking at the job
-    while (busy_ != 0) pause();
+    // A worker may have lost its core within its last unit: then spinning here would only keep it away.
+    for (int waited = 0; busy_ != 0; waited++) waited < PATIENCE ? pause() : std::this_thread::yield();
 }
 
 void Pool::live() {

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -20,28 +22,32 @@ class Pool {
 
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // Calls work(unit) once for every unit in [0, units), from any thread, and returns when all are done. One job at a time.
+    // Calls work(unit) once for every unit in [0, units), from any thread, and returns when all are done. Callers take turns.
     template <class Work>
-    void run(int units, const Work& work) {
+    void run(int64_t units, const Work& work) {
         if (units <= 1 || workers_.empty()) {
-            for (int unit = 0; unit < units; unit++) work(unit);
+            for (int64_t unit = 0; unit < units; unit++) work(unit);
             return;
         }
-        start([](const void* context, int unit) { (*static_cast<const Work*>(context))(unit); }, &work, units);
+        start([](const void* context, int64_t unit) { (*static_cast<const Work*>(context))(unit); }, &work, units);
     }
 
-  private:
-    using Call = void (*)(const void*, int);
+    // Room for `floats` floats that belongs to the calling thread until it asks for the same slot (0 or 1) again. Grows, never shrinks.
+    static float* scratch(int slot, size_t floats);
 
-    void start(Call call, const void* context, int units);
+  private:
+    using Call = void (*)(const void*, int64_t);
+
+    void start(Call call, const void* context, int64_t units);
     void work_off();
     void live();
 
     Call call_ = nullptr;
     const void* context_ = nullptr;
-    int units_ = 0;
-    alignas(64) std::atomic<int> next_{0};
-    alignas(64) std::atomic<int> busy_{0};       // workers inside the job
+    int64_t units_ = 0;
+    std::mutex turn_;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<int> busy_{0};        // workers inside the job
     alignas(64) std::atomic<uint32_t> round_{0};  // odd while a job is open
     std::atomic<bool> stop_{false};
     std::vector<std::thread> workers_;

@@ -3,14 +3,16 @@
 
 namespace headrace::HEADRACE_ISA {
 
-void attention(Pool&, const Attention&);
 void linear(Pool&, const Linear&, const float*, int64_t, float*);
-void rope_write_kv(Pool&, const Rope&);
+void embed(Pool&, const Linear&, const int32_t*, int64_t, float, float*);
+void attention(Pool&, const float*, const Heads&, const KV&, const Batch&, float, int, float*);
+void rope_write_kv(Pool&, const float*, const Heads&, const Rope&, const KV&, const Batch&, float*);
 void rmsnorm(Pool&, const float*, const float*, const float*, float, int64_t, int64_t, float*, float*);
 void gated(Pool&, const float*, int64_t, int64_t, bool, float*);
+void add(Pool&, const float*, const float*, int64_t, float*);
 
 #define HEADRACE_NAME_OF(isa) #isa
 #define HEADRACE_NAME(isa) HEADRACE_NAME_OF(isa)
-extern const Ops ops = {HEADRACE_NAME(HEADRACE_ISA), linear, attention, rope_write_kv, rmsnorm, gated};
+extern const Ops ops = {HEADRACE_NAME(HEADRACE_ISA), linear, embed, attention, rope_write_kv, rmsnorm, gated, add};
 
 }  // namespace headrace::HEADRACE_ISA

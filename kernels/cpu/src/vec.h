@@ -1,8 +1,9 @@
-// Eight floats at a time, by the compiler's own vectors, so that one source serves every instruction set. Only the widening of bytes,
-// which the compiler does badly, is spelled out for AVX2.
+// Eight floats at a time, by the compiler's own vectors, so that one source serves every instruction set. `wide.h` has the wider
+// vectors that products of matrices use.
 //
-// Results are defined by the order of operations written here: lanes never mix except in `sum`, whose tree is fixed. `fma` is one
-// rounding where the instruction set has the instruction and two elsewhere, but always the same within one instruction set.
+// Results are defined by the order of operations written here: lanes never mix except in `sum`, whose tree is fixed, and the compiler
+// may not contract a product and a sum by itself (-ffp-contract=off). `fma` is one rounding where the instruction set has the
+// instruction and two elsewhere, so AVX2 and AVX-512 give the same bits, and a machine without either gives its own.
 #pragma once
 
 #ifdef __AVX2__
@@ -21,9 +22,6 @@ constexpr int LANES = 8;
 typedef float Vec __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
-typedef int8_t Bytes __attribute__((vector_size(8)));
-typedef uint8_t UBytes __attribute__((vector_size(8)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
 
 inline Vec load(const float* p) {
     Vec v;
@@ -35,7 +33,17 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec all(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__FMA__)
+    return reinterpret_cast<Vec>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__FP_FAST_FMAF)
+    Vec v;
+    for (int i = 0; i < LANES; i++) v[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return v;
+#else
+    return a * b + c;
+#endif
+}
 
 inline Vec select(Ints mask, Vec yes, Vec no) { return mask ? yes : no; }
 
@@ -65,14 +73,14 @@ inline float max_lane(Vec v) {
     return w[0] > w[1] ? w[0] : w[1];
 }
 
-// e^x to about one unit in the last place, 0 below -87: range reduction by ln 2 in two parts, then a polynomial of degree 6
-// (Cephes' expf). The same instructions for every lane, so a value does not depend on its place.
+// e^x within 2 units in the last place: range reduction by ln 2 in two parts, then a polynomial of degree 6 (Cephes' expf). Below -87 it
+// is e^-87, above 88 e^88; NaN stays NaN. The same instructions for every lane, so a value does not depend on its place.
 inline Vec exp(Vec x) {
-    x = larger(x, all(-87.3f));
+    x = select(x < all(-87.0f), all(-87.0f), x);
     x = select(x > all(88.0f), all(88.0f), x);
-    Vec n = x * all(1.44269504088896341f);
-    Ints whole = __builtin_convertvector(n + select(n < all(0.0f), all(-0.5f), all(0.5f)), Ints);
-    n = __builtin_convertvector(whole, Vec);
+    // adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits of the sum
+    Vec shifted = fma(x, all(1.44269504088896341f), all(12582912.0f));
+    Vec n = shifted - all(12582912.0f);
     Vec r = fma(n, all(-0.693359375f), x);
     r = fma(n, all(2.12194440e-4f), r);
     Vec p = all(1.9875691500e-4f);
@@ -82,62 +90,7 @@ inline Vec exp(Vec x) {
     p = fma(p, r, all(1.6666665459e-1f));
     p = fma(p, r, all(5.0000001201e-1f));
     p = fma(p, r * r, r + all(1.0f));
-    return p * std::bit_cast<Vec>((whole + 127) << 23);
-}
-
-// Weights as they are stored, widened to float.
-
-inline Vec widen(const float* p) { return load(p); }
-
-inline Ints ints(const int8_t* p) {
-#ifdef __AVX2__
-    return reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-    Bytes v;
-    std::memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, Ints);
-#endif
-}
-
-inline Ints ints(const uint8_t* p) {
-#ifdef __AVX2__
-    return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-    UBytes v;
-    std::memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, Ints);
-#endif
-}
-
-inline Vec floats(Ints v) { return __builtin_convertvector(v, Vec); }
-
-inline Vec widen(const int8_t* p) { return floats(ints(p)); }
-
-// bfloat16: the upper half of a float32.
-struct BFloat {
-    uint16_t bits;
-};
-
-inline Vec widen(const BFloat* p) {
-    Halves v;
-    std::memcpy(&v, p, sizeof v);
-    typedef uint32_t Words __attribute__((vector_size(32)));
-    return std::bit_cast<Vec>(__builtin_convertvector(v, Words) << 16);
-}
-
-// IEEE binary16, subnormals included: exponents are rebased by a multiplication, which is exact.
-struct Half {
-    uint16_t bits;
-};
-
-inline Vec widen(const Half* p) {
-    Halves v;
-    std::memcpy(&v, p, sizeof v);
-    typedef uint32_t Words __attribute__((vector_size(32)));
-    Words w = __builtin_convertvector(v, Words);
-    Vec magnitude = std::bit_cast<Vec>((w & 0x7fff) << 13) * all(0x1p112f);
-    Words special = std::bit_cast<Words>((w & 0x7c00) == 0x7c00) & 0x7f800000;
-    return std::bit_cast<Vec>(std::bit_cast<Words>(magnitude) | special | (w & 0x8000) << 16);
+    return p * std::bit_cast<Vec>((std::bit_cast<Ints>(shifted) << 23) + (127 << 23));
 }
 
 }  // namespace headrace::HEADRACE_ISA
