@@ -52,19 +52,19 @@ def physical_cores() -> int:
 class CpuOps:
     """`headrace.kernels.ops.Ops` in native code, whose docstrings hold here. `threads` None is one a physical core.
 
-    HEADRACE_CPU_ISA names a lesser instruction set of INSTRUCTION_SETS to use. ValueError when the machine lacks it, and from every
-    op for a tensor of the wrong type or shape, or an index out of bounds.
+    `isa` is one of INSTRUCTION_SETS; None is what HEADRACE_CPU_ISA names, or the best. ValueError when the machine lacks it, and from
+    every op for a tensor of the wrong type or shape, or an index out of bounds.
     """
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
         cores = physical_cores()
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: ask for at least 1")
         if threads is not None and threads > cores:
             log.warning("%d threads on %d cores get in each other's way: --threads %d is faster", threads, cores, cores)
-        self._engine = _native.Engine(threads or cores, os.environ.get("HEADRACE_CPU_ISA", ""))
+        self._engine = _native.Engine(threads or cores, isa or os.environ.get("HEADRACE_CPU_ISA", ""))
         self._reference = ReferenceOps("cpu")
         self._vectors: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
         self._pages: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], Any]] = {}

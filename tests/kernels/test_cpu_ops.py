@@ -207,3 +207,15 @@ def test_attention_to_one_key_far_above_the_others_is_its_value(ops):
     batch.kv.keys[places[0], 0, places[1]] = keys
     out = ops.attention(torch.ones(1, 8), heads, batch.kv, batch.extents, 1.0, None)
     assert torch.equal(out[0], batch.kv.values[places[0][60], 0, places[1][60]])
+
+
+def test_attention_of_a_query_that_is_not_a_number_is_not_a_number_and_disturbs_no_other(ops):
+    heads = HeadShape(4, 2, 16)
+    batch = paged(heads, 16, [70, 50], [20, 1])
+    q = batch.query()
+    clean = ops.attention(q, heads, batch.kv, batch.extents, 0.25, None)
+    q[3, 0] = torch.nan
+    out = ops.attention(q, heads, batch.kv, batch.extents, 0.25, None)
+    assert out[3, :16].isnan().all()
+    out[3, :16] = clean[3, :16]
+    assert torch.equal(out, clean)
