@@ -108,9 +108,7 @@ class CpuOps:
         self._engine.rmsnorm(x.data_ptr(), 0, address, eps, rows, width, 0, y.data_ptr())
         return y
 
-    def add_rmsnorm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rmsnorm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         rows, width = shape = _matrix("x", x)
         if _matrix("residual", residual) != shape:
             raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(shape)}")
@@ -183,9 +181,7 @@ class CpuOps:
         )
         return q
 
-    def attention(
-        self, q: torch.Tensor, heads: HeadShape, kv: KVPages, extents: Extents, scale: float, window: int | None
-    ) -> torch.Tensor:
+    def attention(self, q: torch.Tensor, heads: HeadShape, kv: KVPages, extents: Extents, scale: float, window: int | None) -> torch.Tensor:
         if heads.dim % _LANES:
             return self._reference.attention(q, heads, kv, extents, scale, window)
         tokens, width = _matrix("q", q)
@@ -216,8 +212,8 @@ class CpuOps:
         known = self._vectors.get(id(x))
         if known is not None and known[0]() is x and known[1] == size:
             return known[2]
-        if x.dtype is not torch.float32 or x.shape != (size,) or not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous float32 [{size}], it is {x.dtype} {list(x.shape)}")
+        if x.dtype is not torch.float32 or x.shape != (size,) or not x.is_contiguous() or not x.is_cpu:
+            raise ValueError(f"{name} must be contiguous float32 [{size}] on the CPU, it is {_words(x)}")
         if len(self._vectors) >= _MOST_KNOWN:
             self._vectors.clear()
         self._vectors[id(x)] = (weakref.ref(x), size, x.data_ptr())
@@ -234,13 +230,19 @@ class CpuOps:
     def _native_pages(self, kv: KVPages, heads: HeadShape) -> Any:
         keys, values = kv.keys, kv.values
         known = self._pages.get(id(keys))
-        if known is not None and known[0]() is keys and known[1]() is values and keys.shape[1] == heads.kv_heads and keys.shape[3] == heads.dim:
+        if (
+            known is not None
+            and known[0]() is keys
+            and known[1]() is values
+            and keys.shape[1] == heads.kv_heads
+            and keys.shape[3] == heads.dim
+        ):
             return known[2]
         for name, x in (("keys", keys), ("values", values)):
             fits = x.dim() == 4 and x.shape[1] == heads.kv_heads and x.shape[2] > 0 and x.shape[3] == heads.dim and x.shape == keys.shape
-            if x.dtype is not torch.float32 or not fits or not x.is_contiguous():
+            if x.dtype is not torch.float32 or not fits or not x.is_contiguous() or not x.is_cpu:
                 wanted = f"[pages, {heads.kv_heads}, page_size, {heads.dim}]"
-                raise ValueError(f"{name} must be contiguous float32 {wanted}, it is {x.dtype} {list(x.shape)}")
+                raise ValueError(f"{name} must be contiguous float32 {wanted} on the CPU, it is {_words(x)}")
         if len(self._pages) >= _MOST_KNOWN:
             self._pages.clear()
         native = _native.KV(keys.data_ptr(), values.data_ptr(), keys.shape[0], keys.shape[2])
@@ -272,12 +274,16 @@ def _storage(weight: Weight) -> torch.Tensor:
 
 def _matrix(name: str, x: torch.Tensor) -> torch.Size:
     """The shape of a contiguous float32 matrix. Raises `ValueError` for anything else."""
-    if x.dtype is not torch.float32 or x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous float32 matrix, it is {x.dtype} {list(x.shape)}")
+    if x.dtype is not torch.float32 or x.dim() != 2 or not x.is_contiguous() or not x.is_cpu:
+        raise ValueError(f"{name} must be a contiguous float32 matrix on the CPU, it is {_words(x)}")
     return x.shape
 
 
 def _indices(name: str, x: torch.Tensor, dimensions: int = 1) -> torch.Size:
-    if x.dtype is not torch.int32 or x.dim() != dimensions or not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous int32 of {dimensions} dimensions, it is {x.dtype} {list(x.shape)}")
+    if x.dtype is not torch.int32 or x.dim() != dimensions or not x.is_contiguous() or not x.is_cpu:
+        raise ValueError(f"{name} must be contiguous int32 of {dimensions} dimensions on the CPU, it is {_words(x)}")
     return x.shape
+
+
+def _words(x: torch.Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"

@@ -45,6 +45,9 @@ def pack(engine: Any, weights: Sequence[Weight], bias: torch.Tensor | None = Non
     inputs = weights[0].shape[1]
     outputs = sum(weight.shape[0] for weight in weights)
     for weight in weights:
+        storage = weight.codes if isinstance(weight, GroupedInt) else weight.values
+        if not storage.is_cpu or storage.numel() == 0:
+            raise ValueError(f"a weight must lie on the CPU and hold something, it is {list(storage.shape)} on {storage.device}")
         if weight.shape[1] != inputs:
             raise ValueError(f"weights of {weight.shape[1]} and {inputs} inputs cannot be stacked")
     if bias is not None:

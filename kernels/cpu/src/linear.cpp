@@ -36,15 +36,16 @@ template <int P, class Source>
 void one_row(const Source& source, const float* x, int64_t panel, float* y) {
     const Linear& w = source.w;
     Floats acc[P][PARTS] = {};
-    int64_t k = 0;
-    for (int64_t g = 0; k < w.inputs; g++) {
+    const int64_t apart = source.at(panel + 1, 0) - source.at(panel, 0), group = w.group;
+    auto place = source.at(panel, 0);
+    for (const float *group_end = x, *end = x + w.inputs; x < end;) {
         typename Source::Group groups[P];
-        for (int p = 0; p < P; p++) groups[p] = source.group(panel + p, g);
-        for (int64_t end = k + w.group; k < end; k += Source::STEP) {
+        for (int p = 0; p < P; p++) groups[p] = source.group(panel + p, (group_end - (end - w.inputs)) / group);
+        for (group_end += group; x < group_end; x += Source::STEP, place += PANEL) {
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++)
-                source.each(groups[p], panel + p, k, [&](int step, int part, Floats value) {
-                    acc[p][part] = wide::fma(wide::all(x[k + step]), value, acc[p][part]);
+                Source::each(groups[p], place + p * apart, [&](int step, int part, Floats value) {
+                    acc[p][part] = wide::fma(wide::all(x[step]), value, acc[p][part]);
                 });
         }
     }

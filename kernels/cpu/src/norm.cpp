@@ -25,7 +25,7 @@ void normalize(const float* x, const float* weight, float eps, int64_t width, fl
 
 void rmsnorm(Pool& pool, const float* x, const float* residual, const float* weight, float eps, int64_t rows, int64_t width, float* sum,
              float* y) {
-    const int64_t each = std::max<int64_t>(1, WORTH / width);
+    const int64_t each = std::max<int64_t>(1, WORTH / std::max<int64_t>(1, width));
     pool.run((rows + each - 1) / each, [&](int64_t unit) {
         for (int64_t row = unit * each; row < std::min(rows, (unit + 1) * each); row++) {
             const float* from = x + row * width;

@@ -1,5 +1,5 @@
-// Packed weights, widened: what `linear` and `embed` read. A source calls use(step, part, value) for each input of a stride and each
-// part of a panel, where value is scale * code + minimum in one rounding for integers, and the number itself for floats.
+// Packed weights, widened: what `linear` and `embed` read. A source calls use(step, part, value) for each of STEP inputs that stand at
+// a place, and each part of a panel; value is scale * code + minimum in one rounding for integers, and the number itself for floats.
 #pragma once
 
 #include "ops.h"
@@ -12,17 +12,18 @@ constexpr int PARTS = PANEL / wide::WIDTH;  // vectors a panel
 // Floats as stored: one group of all inputs.
 template <class T>
 struct FloatSource {
-    static constexpr int STEP = 1;     // inputs a call of `each` takes
+    static constexpr int STEP = 1;    // inputs a call of `each` takes
     static constexpr int PANELS = 4;  // panels side by side when there is one row
     struct Group {};
 
     const Linear& w;
 
     Group group(int64_t, int64_t) const { return {}; }
+    // Where input k of a panel stands; STEP inputs on, it is PANEL further.
+    const T* at(int64_t panel, int64_t k) const { return static_cast<const T*>(w.values) + (panel * w.inputs + k) * PANEL; }
 
     template <class Use>
-    void each(const Group&, int64_t panel, int64_t k, const Use& use) const {
-        const T* values = static_cast<const T*>(w.values) + (panel * w.inputs + k) * PANEL;
+    static void each(const Group&, const T* values, const Use& use) {
         for (int part = 0; part < PARTS; part++) use(0, part, wide::widen(values + part * wide::WIDTH));
     }
 };
@@ -57,10 +58,10 @@ struct ByteSource {
     const Linear& w;
 
     Group group(int64_t panel, int64_t g) const { return group_of(w, panel, g); }
+    const int8_t* at(int64_t panel, int64_t k) const { return static_cast<const int8_t*>(w.values) + (panel * w.inputs + k) * PANEL; }
 
     template <class Use>
-    void each(const Group& value, int64_t panel, int64_t k, const Use& use) const {
-        const int8_t* codes = static_cast<const int8_t*>(w.values) + (panel * w.inputs + k) * PANEL;
+    static void each(const Group& value, const int8_t* codes, const Use& use) {
         for (int part = 0; part < PARTS; part++) use(0, part, value(part, wide::ints(codes + part * wide::WIDTH)));
     }
 };
@@ -73,10 +74,10 @@ struct NibbleSource {
     const Linear& w;
 
     Group group(int64_t panel, int64_t g) const { return group_of(w, panel, g); }
+    const uint8_t* at(int64_t panel, int64_t k) const { return static_cast<const uint8_t*>(w.values) + (panel * w.inputs + k) / 2 * PANEL; }
 
     template <class Use>
-    void each(const Group& value, int64_t panel, int64_t k, const Use& use) const {
-        const uint8_t* codes = static_cast<const uint8_t*>(w.values) + (panel * w.inputs + k) / 2 * PANEL;
+    static void each(const Group& value, const uint8_t* codes, const Use& use) {
         for (int part = 0; part < PARTS; part++) {
             wide::Ints pair = wide::ints(codes + part * wide::WIDTH);
             use(0, part, value(part, pair & 15));
@@ -102,11 +103,11 @@ template <class Source>
 void widen_panel(const Source& source, int64_t panel, int64_t from, int64_t to, float* out) {
     const int64_t size = source.w.group;
     for (int64_t k = from; k < to;) {
-        int64_t g = k / size, end = (g + 1) * size < to ? (g + 1) * size : to;
-        auto group = source.group(panel, g);
-        for (; k < end; k += Source::STEP)
-            source.each(group, panel, k, [&](int step, int part, wide::Floats value) {
-                wide::store(out + (k - from + step) * PANEL + part * wide::WIDTH, value);
+        const int64_t g = k / size, end = (g + 1) * size < to ? (g + 1) * size : to;
+        const auto group = source.group(panel, g);
+        for (auto place = source.at(panel, k); k < end; k += Source::STEP, place += PANEL, out += Source::STEP * PANEL)
+            Source::each(group, place, [&](int step, int part, wide::Floats value) {
+                wide::store(out + step * PANEL + part * wide::WIDTH, value);
             });
     }
 }

@@ -1,0 +1,215 @@
+"""What does not fit a native op is a ValueError that names the argument, and never a crash or a silent result."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.kernels.ops import HeadShape, RopeTable
+from headrace.kernels.weights import Dense, GroupedInt
+from tests.kernels.paged import int32, paged, random
+
+cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
+OPS = cpu.CpuOps(1)
+HEADS = HeadShape(4, 2, 16)
+BATCH = paged(HEADS, 8, [20, 9], [3, 1])
+"""Four tokens of two requests on eight pages."""
+ROPE = RopeTable(random(32, 8), random(32, 8), False)
+PACKED = OPS.prepare([Dense(random(8, 16))])
+FLOATS = random(4, 64)
+X = random(4, 16)
+QKV = random(4, 128)
+NORM = torch.ones(16)
+
+
+def attention(q=FLOATS, heads=HEADS, kv=BATCH.kv, extents=BATCH.extents, scale=1.0, window=None) -> Any:
+    return OPS.attention(q, heads, kv, extents, scale, window)
+
+
+def rope_write_kv(qkv=QKV, heads=HEADS, rope=ROPE, q_norm=NORM, k_norm=None, kv=BATCH.kv, extents=BATCH.extents) -> Any:
+    return OPS.rope_write_kv(qkv, heads, rope, q_norm, k_norm, 1e-6, kv, extents)
+
+
+def pages(**changes: torch.Tensor) -> Any:
+    return dataclasses.replace(BATCH.kv, **changes)
+
+
+def extents(**changes: torch.Tensor) -> Any:
+    return dataclasses.replace(BATCH.extents, **changes)
+
+
+def rope(**changes: torch.Tensor) -> Any:
+    return dataclasses.replace(ROPE, **changes)
+
+
+MATRICES = [random(16), random(2, 2, 16), random(16, 4).t(), X.double(), X.bfloat16(), X.to("meta")]
+
+
+@pytest.mark.parametrize("wrong", MATRICES, ids=lambda x: f"{x.dtype} {list(x.shape)} {x.device}")
+def test_an_activation_that_is_no_float32_matrix_is_refused(wrong):
+    calls = {
+        "x": [lambda: OPS.linear(wrong, PACKED), lambda: OPS.rmsnorm(wrong, NORM, 1e-6), lambda: OPS.add(wrong, X)],
+        "residual": [lambda: OPS.add_rmsnorm(X, wrong, NORM, 1e-6), lambda: OPS.add(X, wrong)],
+        "gate_up": [lambda: OPS.gated(wrong, "silu")],
+        "q": [lambda: attention(q=wrong)],
+        "qkv": [lambda: rope_write_kv(qkv=wrong)],
+    }
+    for name, attempts in calls.items():
+        for attempt in attempts:
+            with pytest.raises(ValueError, match=rf"^{name} "):
+                attempt()
+
+
+@pytest.mark.parametrize(
+    ("name", "attempt"),
+    [
+        ("x", lambda: OPS.linear(random(4, 15), PACKED)),
+        ("weight", lambda: OPS.rmsnorm(X, torch.ones(15), 1e-6)),
+        ("weight", lambda: OPS.rmsnorm(X, NORM.double(), 1e-6)),
+        ("weight", lambda: OPS.rmsnorm(X, torch.ones(32)[::2], 1e-6)),
+        ("weight", lambda: OPS.rmsnorm(X, NORM.to("meta"), 1e-6)),
+        ("residual", lambda: OPS.add_rmsnorm(X, random(3, 16), NORM, 1e-6)),
+        ("residual", lambda: OPS.add(X, random(5, 16))),
+        ("gate_up", lambda: OPS.gated(random(2, 7), "silu")),
+        ("activation", lambda: OPS.gated(X, "relu")),
+        ("ids", lambda: OPS.embed(torch.tensor([0, 1]), PACKED)),
+        ("ids", lambda: OPS.embed(int32([[0, 1]]), PACKED)),
+        ("ids", lambda: OPS.embed(int32([7, 8]), PACKED)),
+        ("ids", lambda: OPS.embed(int32([-1]), PACKED)),
+        ("index", lambda: OPS.rows(X, int32([4]))),
+        ("index", lambda: OPS.rows(X, int32([-1]))),
+        ("index", lambda: OPS.rows(X, torch.tensor([0]))),
+    ],
+)
+def test_a_simple_op_refuses_what_does_not_fit(name, attempt):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        attempt()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("q", {"q": random(4, 63)}),
+        ("q", {"q": random(4, 64).half()}),
+        ("query heads", {"heads": HeadShape(4, 3, 16)}),
+        ("window", {"window": 0}),
+        ("window", {"window": -5}),
+        ("keys", {"kv": pages(keys=BATCH.kv.keys.half())}),
+        ("keys", {"kv": pages(keys=BATCH.kv.keys.transpose(1, 2))}),
+        ("keys", {"kv": pages(keys=random(8, 3, 8, 16), values=random(8, 3, 8, 16))}),
+        ("keys", {"kv": pages(keys=BATCH.kv.keys.to("meta"), values=BATCH.kv.values.to("meta"))}),
+        ("values", {"kv": pages(values=BATCH.kv.values[:3])}),
+        ("values", {"kv": pages(values=random(8, 2, 8, 8))}),
+        ("positions", {"extents": extents(positions=BATCH.extents.positions.long())}),
+        ("positions", {"extents": extents(positions=int32([1, 2, 3]))}),
+        ("positions", {"extents": extents(positions=int32([17, 18, 19, -1]))}),
+        ("positions", {"extents": extents(positions=int32([17, 18, 19, 24]))}),
+        ("slots", {"extents": extents(slots=int32([1]))}),
+        ("query_start", {"extents": extents(query_start=int32([0, 4]))}),
+        ("query_start", {"extents": extents(query_start=int32([0, 3, 5]))}),
+        ("query_start", {"extents": extents(query_start=int32([0, 5, 4]))}),
+        ("query_start", {"extents": extents(query_start=int32([1, 3, 4]))}),
+        ("pages", {"extents": extents(pages=BATCH.extents.pages.long())}),
+        ("pages", {"extents": extents(pages=BATCH.extents.pages[0])}),
+        ("pages", {"extents": extents(pages=BATCH.extents.pages + len(BATCH.kv.keys))}),
+        ("pages", {"extents": extents(pages=BATCH.extents.pages - 9)}),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(name, changes):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        attention(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qkv", {"qkv": random(4, 127)}),
+        ("q_norm", {"q_norm": torch.ones(8)}),
+        ("k_norm", {"k_norm": NORM.half()}),
+        ("cos", {"rope": rope(cos=random(32, 9), sin=random(32, 9))}),
+        ("cos", {"rope": rope(cos=ROPE.cos.double())}),
+        ("sin", {"rope": rope(sin=random(31, 8))}),
+        ("sin", {"rope": rope(sin=random(8, 32).t())}),
+        ("positions", {"extents": extents(positions=int32([0, 1, 2, 32]))}),
+        ("positions", {"extents": extents(positions=int32([0, 1, -2, 31]))}),
+        ("slots", {"extents": extents(slots=int32([0, 1, 2, len(BATCH.kv.keys) * 8]))}),
+        ("slots", {"extents": extents(slots=int32([0, -1, 2, 3]))}),
+        ("slots", {"extents": extents(slots=BATCH.extents.slots.long())}),
+        ("values", {"kv": pages(values=BATCH.kv.values.double())}),
+    ],
+)
+def test_rope_refuses_what_does_not_fit(name, changes):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        rope_write_kv(**changes)
+
+
+CODES = torch.zeros(8, 32, dtype=torch.int8)
+SCALES = torch.ones(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("message", "weights", "bias"),
+    [
+        ("at least one weight", [], None),
+        ("weights of 16 and 32 inputs", [Dense(random(8, 32)), Dense(random(8, 16))], None),
+        ("weight", [Dense(random(8, 0))], None),
+        ("weight", [Dense(random(0, 8))], None),
+        ("weight", [Dense(random(8, 8).double())], None),
+        ("weight", [Dense(random(8, 8).to("meta"))], None),
+        ("bias", [Dense(random(8, 16))], torch.zeros(7)),
+        ("bias", [Dense(random(8, 16))], torch.zeros(8, 1)),
+        ("codes", [GroupedInt(CODES.to(torch.uint8), SCALES, None, 16, 4)], None),
+        ("scales", [GroupedInt(CODES, torch.ones(8, 3), None, 16, 4)], None),
+        ("scales", [GroupedInt(CODES, SCALES.half(), None, 16, 4)], None),
+        ("minimums", [GroupedInt(CODES, SCALES, torch.ones(7, 2), 16, 4)], None),
+        ("group", [GroupedInt(CODES, SCALES, None, 12, 4)], None),
+        ("group", [GroupedInt(CODES, SCALES, None, 0, 4)], None),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_refused(message, weights, bias):
+    with pytest.raises(ValueError, match=message):
+        OPS.prepare(weights, bias)
+
+
+def test_a_checked_tensor_is_checked_again_when_another_takes_its_place():
+    """What was looked at once is remembered by identity, and identities are used again."""
+    for _ in range(200):
+        OPS.rmsnorm(X, torch.ones(16), 1e-6)
+        with pytest.raises(ValueError, match="weight"):
+            OPS.rmsnorm(X, torch.ones(8), 1e-6)
+        kv = pages(keys=torch.zeros(8, 2, 8, 16), values=torch.zeros(8, 2, 8, 16))
+        attention(kv=kv)
+        with pytest.raises(ValueError, match="values"):
+            attention(kv=pages(keys=kv.keys, values=torch.zeros(7, 2, 8, 16)))
+        del kv
+
+
+def test_more_threads_than_cores_are_warned_of_and_none_are_refused(caplog):
+    cpu.CpuOps(cpu.physical_cores() + 1)
+    assert "get in each other's way" in caplog.text
+    with pytest.raises(ValueError, match="threads=0"):
+        cpu.CpuOps(0)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_by_name():
+    with pytest.raises(ValueError, match="mmx"):
+        cpu.CpuOps(1, "mmx")
+
+
+DIMENSION = st.integers(-1, 40)
+
+
+@given(
+    st.lists(DIMENSION, min_size=4, max_size=4), st.lists(DIMENSION, min_size=3, max_size=3), st.lists(DIMENSION, min_size=2, max_size=2)
+)
+@settings(max_examples=300, deadline=None)
+def test_any_indices_give_numbers_or_a_value_error(positions, starts, table):
+    batch = extents(positions=int32(positions), slots=int32(positions), query_start=int32(starts), pages=int32([table, table]))
+    for attempt in (lambda: attention(extents=batch), lambda: rope_write_kv(extents=batch, kv=pages(keys=random(8, 2, 8, 16)))):
+        try:
+            assert attempt().shape == (4, 64)
+        except ValueError as reason:
+            assert any(name in str(reason) for name in ("positions", "slots", "query_start", "pages")), reason
