@@ -90,16 +90,15 @@ class DirectClient:
 
     def __init__(self, run_dir: Path, tokenizers: Sequence[str], identity: bytes | None = None) -> None:
         self._context = zmq.Context()
-        identity = identity or secrets.token_bytes(8)
-        self._visits = {name: Visit(self._context, endpoint(run_dir, desk_name(name)), b"c" + identity, ToFrontend) for name in tokenizers}
+        self._run_dir = run_dir
+        self._identity = b"c" + (identity or secrets.token_bytes(8))
+        self._visits = {name: self._visit(name) for name in tokenizers}
         self._load = dict.fromkeys(tokenizers, 0)
         """Live requests by tokenizer."""
         self._live: dict[int, _Live] = {}
         self._calls: dict[int, tuple[asyncio.Future, str]] = {}
         self._next_id = secrets.randbits(40) << 24
         """Ids of this client: 40 random bits, then a count."""
-        for visit in self._visits.values():
-            visit.open(self._receive)
 
     @property
     def live(self) -> int:
@@ -143,6 +142,9 @@ class DirectClient:
 
     def tokenizer_died(self, name: str) -> None:
         """Send the requests of a dead tokenizer again, with the tokens they have. Its successor takes what finds no other."""
+        # What the dead one said and nobody has read yet will be said again; what waits for it is not meant for its successor.
+        self._visits[name].close()
+        self._visits[name] = self._visit(name)
         for call, (future, desk) in self._calls.items():
             if desk == name and not future.done():
                 future.set_exception(CallError(CallFailed(call, 503, "recovering", "the tokenizer died: try again in a moment")))
@@ -175,6 +177,11 @@ class DirectClient:
         for visit in self._visits.values():
             visit.close()
         self._context.destroy(linger=100)
+
+    def _visit(self, name: str) -> Visit:
+        visit = Visit(self._context, endpoint(self._run_dir, desk_name(name)), self._identity, ToFrontend)
+        visit.open(self._receive)
+        return visit
 
     async def _call(self, make) -> Message:
         (call,) = self.new_ids(1)
