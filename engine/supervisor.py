@@ -66,6 +66,9 @@ STOP_GRACE = 1.0
 FATAL_GRACE = 0.5
 """Seconds to wait for the message of a child that ended with EXIT_FATAL."""
 
+OPENING = 0
+"""The call by which a server shows that it has read the engine's state before it."""
+
 PROBE_GRACE = 1.0
 """Seconds after which a status is answered without the children that did not."""
 
@@ -123,6 +126,8 @@ class Supervisor:
         self._on_ready = on_ready
         self._children = {spec.name: Child(spec) for spec in children}
         self._servers = set(server_names(config))
+        self._unopened = self._servers & set(self._children)
+        """Servers that do not know yet that the engine is ready for the first time."""
         self._deaths: deque[float] = deque()
         self._probing: dict[int, _Probing] = {}
         self._calls = 0
@@ -200,14 +205,11 @@ class Supervisor:
         if child.restarts:
             log.warning("%s is back after %.2f s", child.spec.name, time.monotonic() - child.born)
         if self._state in ("starting", "recovering") and all(child.state == "ready" for child in self._children.values()):
-            first = self._state == "starting"
+            if self._state == "starting":
+                self._keep_port(self._address())
             self._turn("ready")
-            if first:
-                address = next((child.detail for child in self._children.values() if child.spec.name in self._servers), "")
-                self._keep_port(address)
-                self._on_ready(address)
         elif message.child in self._servers:
-            self._post.send(message.child, EngineState(self._state))
+            self._tell_state(message.child)
 
     def _write_spec(self) -> None:
         """For the children that are started from now on."""
@@ -236,7 +238,9 @@ class Supervisor:
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         self._post.forget(name)
         for other in self._children.values():
-            if other is not child and other.process:
+            # Not to one that is still starting: it would read this late, when it knows the successor already, and take that for dead.
+            # It has asked nothing of the dead one, or will ask again: whoever starts announces itself to its peers.
+            if other is not child and other.process and other.state == "ready":
                 self._post.send(other.spec.name, PeerDied(name))
         if child.doomed:
             child.doomed = False
@@ -274,10 +278,25 @@ class Supervisor:
         print(f"headrace: {message}", file=sys.stderr, flush=True)
         self._end(1)
 
+    def _address(self) -> str:
+        return next((child.detail for child in self._children.values() if child.spec.name in self._servers), "")
+
     def _turn(self, state: str) -> None:
         self._state = state
         for name in self._servers:
-            self._post.send(name, EngineState(state))
+            self._tell_state(name)
+
+    def _tell_state(self, server: str) -> None:
+        self._post.send(server, EngineState(self._state))
+        if self._state == "ready" and server in self._unopened:
+            self._post.send(server, Probe(OPENING))
+
+    def _opened(self, server: str) -> None:
+        """A server takes requests; with the last one the engine does."""
+        if server in self._unopened:
+            self._unopened.discard(server)
+            if not self._unopened:
+                self._on_ready(self._address())
 
     def _drain(self) -> None:
         """SIGTERM: finish what runs, up to a limit. A second one ends at once."""
@@ -321,6 +340,8 @@ class Supervisor:
             self._answer(call)
 
     def _collect(self, snapshot: Snapshot) -> None:
+        if snapshot.call == OPENING:
+            self._opened(snapshot.child)
         probing = self._probing.get(snapshot.call)
         if probing is None:
             return
