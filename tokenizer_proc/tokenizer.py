@@ -49,6 +49,9 @@ from headrace.tokenizer_proc.vocabulary import Tokenizer, load_parts
 
 log = logging.getLogger(__name__)
 
+STRANGER_GRACE = 5.0
+"""Seconds that a frontend has to claim a request which the scheduler still runs for a tokenizer that died."""
+
 LONG = 50_000
 """Prompts of more characters are encoded on a thread, so that others need not wait."""
 
@@ -75,6 +78,8 @@ class TokenizerActor:
         self._live: dict[int, Live] = {}
         self._jobs: dict[int, Job] = {}
         """Requests whose prompt is on a thread."""
+        self._strangers: dict[int, float] = {}
+        """Requests whose tokens come though nobody here asked for them, and since when (monotonic seconds)."""
         self._touched: list[Live] = []
         """Requests with something for the next `Text`."""
         self._orphans: list[tuple[bytes, End]] = []
@@ -202,6 +207,7 @@ class TokenizerActor:
             if not self._tell(job.frontend, Accepted(live.request, len(prompt), *shown)):
                 return
             self._live[live.request] = live
+            self._strangers.pop(live.request, None)
             self._tell_prompt_scores(live)
             self._submit(live)
 
@@ -229,10 +235,12 @@ class TokenizerActor:
         lives, touched = self._live, self._touched
         silent = self._last_places(message) if message.ends else ()
         matched: list[int] = []
+        strangers: list[int] = []
         taken = 0
         for place, (request, index, token) in enumerate(zip(message.requests, message.index, message.tokens, strict=True)):
             live = lives.get(request)
             if live is None:
+                strangers.append(request)
                 continue
             tokens = live.tokens
             count = len(tokens)
@@ -266,9 +274,12 @@ class TokenizerActor:
             if live is not None and live.prompt_scores is not None:
                 live.prompt_scores.add(chunk, live.submit.prompt, self._spelling)
                 self._tell_prompt_scores(live)
+        if strangers:
+            self._meet(strangers)
         for end in message.ends:
             live = lives.get(end.request)
             if live is None:
+                self._strangers.pop(end.request, None)
                 continue
             if live.expected > len(live.tokens) and not live.closed:
                 # It ended before the scheduler knew what we lack, and is forgotten there: from what we have, it ends the same way again.
@@ -279,6 +290,17 @@ class TokenizerActor:
             self._retire(live)
         if running := tuple(request for request in matched if request in lives):
             self._process.send(SCHEDULER, Cancel(running, "stop"))
+
+    def _meet(self, strangers: list[int]) -> None:
+        """Tokens came for requests that are not known here: a predecessor's, whose frontend claims them in a moment or is dead too."""
+        now = time.monotonic()
+        unclaimed = []
+        for request in strangers:
+            if now - self._strangers.setdefault(request, now) > STRANGER_GRACE:
+                self._strangers[request] = float("inf")
+                unclaimed.append(request)
+        if unclaimed:
+            self._process.send(SCHEDULER, Cancel(tuple(unclaimed), "abort"))
 
     def _last_places(self, message: Tokens) -> set[int]:
         """Places in the columns of the tokens that ended their request: they are counted, and are no text."""

@@ -425,6 +425,20 @@ async def test_an_end_beyond_a_gap_is_asked_for_again_from_what_is_there(stage):
     assert stage.frontend.texts[1] == "Hello world," and end.completion_tokens == 3
 
 
+async def test_a_request_that_nobody_claims_is_cancelled_after_a_while(stage, monkeypatch):
+    monkeypatch.setattr(module, "STRANGER_GRACE", 0.0)
+    stage.emit(7, [19556])
+    stage.emit(7, [905], 1)
+    stage.emit(7, [905], 2)
+    (cancel,) = await stage.cancelled()
+    assert (cancel.requests, cancel.reason) == ((7,), "abort")
+    stage.emit(7, [], end="abort")
+    stage.frontend.generate(7)
+    await stage.submitted()
+    assert stage.actor._strangers == {}
+    assert len(await stage.cancelled()) == 1
+
+
 async def test_a_new_scheduler_gets_live_requests_with_the_tokens_they_have(stage):
     stage.frontend.generate(1, 2, 3, 4, stop=(" world",))
     await stage.submitted(4)
