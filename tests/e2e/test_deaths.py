@@ -46,20 +46,24 @@ def mixed(count: int, tokens: int) -> list[dict[str, Any]]:
     return requests
 
 
-async def undisturbed_then_killed(served: Served, names: tuple[str, ...], count: int, tokens: int) -> None:
-    """The same streams twice; the second time each of `names` is killed while they run. Both give the same."""
+async def undisturbed_then_killed(served: Served, names: tuple[str, ...], count: int, tokens: int, at_once: bool = False) -> None:
+    """The same streams twice; the second time each of `names` is killed while they run, in turn or all at once. Both give the same."""
     requests = mixed(count, tokens)
     calm = await run(served.url, served.model, requests, ours=True)
     assert [one.error for one in calm] == [None] * count
     assert [one.completion_tokens for one in calm] == [request["max_tokens"] for request in requests]
     pieces = sum(one.pieces for one in calm)
     async with Streams(served.url, served.model, requests, ours=True) as streams:
-        for place, name in enumerate(names, 1):
-            await streams.until(pieces * place // (len(names) + 2))
+        blows = [names] if at_once else [(name,) for name in names]
+        for place, victims in enumerate(blows, 1):
+            await streams.until(pieces * place // (len(blows) + 2))
             health = (await asyncio.to_thread(served.ask, "/health"))[1]
             assert health["running"] == count, f"all streams were to be running still: {health}"
-            await asyncio.to_thread(served.kill, name)
-            await asyncio.to_thread(served.until, f"{name} is back")
+            pids = {child["name"]: child["pid"] for child in health["processes"]}
+            for name in victims:
+                os.kill(pids[name], signal.SIGKILL)
+            if not at_once:
+                await asyncio.to_thread(served.until, f"{victims[0]} is back")
         killed = await streams.ended()
     assert differences(killed, calm) == {}
     served.until_state("ready")
@@ -83,6 +87,44 @@ async def test_64_streams_go_on_where_they_were_when_a_process_is_killed(name):
 async def test_streams_survive_the_death_of_every_process_behind_the_server_in_turn():
     with Served(PACED) as served:
         await undisturbed_then_killed(served, ("worker-0", "tokenizer-0", "scheduler", "worker-0"), 16, 1200)
+
+
+async def test_streams_survive_the_death_of_every_process_behind_the_server_at_once():
+    with Served(PACED, tokenizers=2) as served:
+        await undisturbed_then_killed(served, ("worker-0", "tokenizer-0", "tokenizer-1", "scheduler"), 16, 120, at_once=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("scheduler", "tokenizer-0"),
+        ("tokenizer-0", "scheduler"),
+        ("worker-0", "scheduler"),
+        ("scheduler", "worker-0"),
+        ("worker-0", "tokenizer-1"),
+        ("tokenizer-0", "tokenizer-1"),
+        ("tokenizer-1",),
+    ],
+    ids="+".join,
+)
+async def test_streams_survive_the_death_of_several_processes_at_once(names):
+    with Served(PACED, tokenizers=2) as served:
+        await undisturbed_then_killed(served, names, 24, 160, at_once=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["tokenizer-0", "scheduler", "worker-0"])
+async def test_nothing_runs_on_for_clients_of_a_server_that_died_with_another_process(other):
+    with Served(PACED) as served:
+        async with Streams(served.url, served.model, mixed(8, 6000), ours=True) as streams:
+            await streams.until(40)
+            pids = served.pids()
+            for name in ("server-0", other):
+                os.kill(pids[name], signal.SIGKILL)
+            assert all(one.error is not None for one in await streams.ended())
+        served.until_state("ready")
+        served.until_empty()
 
 
 async def test_a_killed_server_costs_its_clients_an_error_and_nothing_else(served):
