@@ -8,8 +8,10 @@ reports it, and a thread that does nothing else takes this process down, even if
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -83,18 +85,14 @@ class _WithLifecycle:
             self._actor.receive(message)
 
 
-def die_with_parent(death_fd: int) -> None:
-    """End this process at once when the other end of the pipe is closed."""
+def die_with_parent(death_fd: int, run_dir: Path) -> None:
+    """End this process at once when the other end of the pipe is closed, and take `run_dir` along, which is nobody's then."""
 
     def wait() -> None:
-        while True:
-            try:
-                if os.read(death_fd, 1) == b"":
-                    os._exit(1)
-            except InterruptedError:
-                continue
-            except OSError:
-                os._exit(1)
+        with contextlib.suppress(OSError):
+            os.read(death_fd, 1)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os._exit(1)
 
     threading.Thread(target=wait, name="death-pipe", daemon=True).start()
 
@@ -102,7 +100,7 @@ def die_with_parent(death_fd: int) -> None:
 def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
     """Run the child: `union` is what its mailbox accepts beside `ToChild`; `Probe` is answered here, the actor gets the rest."""
     run_dir, name, incarnation, death_fd = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    die_with_parent(death_fd)
+    die_with_parent(death_fd, run_dir)
     spec = msgspec.msgpack.decode((run_dir / BIRTH_FILE).read_bytes(), type=EngineSpec)
     logging.basicConfig(level=spec.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr)
     process = Process(run_dir, name, incarnation, spec)
