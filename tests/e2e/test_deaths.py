@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from headrace.client import AsyncClient, Client, Unavailable
+from headrace.client import AsyncClient, Client, RateLimited, Unavailable
 from tests.e2e.streams import Streams, differences, run
 from tests.serving import REAL, Served, Watch
 
@@ -191,9 +191,13 @@ def post(served: Served, route: str, body: dict[str, Any]) -> socket.socket:
 
 
 def running(served: Served, count: int) -> None:
-    """Ask for the health until `count` requests run."""
+    until_health(served, "running", count)
+
+
+def until_health(served: Served, field: str, count: int) -> None:
+    """Ask for the health until so many requests run or wait."""
     deadline = time.monotonic() + 10
-    while served.ask("/health")[1]["running"] != count:
+    while served.ask("/health")[1][field] != count:
         assert time.monotonic() < deadline, served.ask("/health")
 
 
@@ -211,6 +215,25 @@ def test_a_client_that_reads_nothing_stops_nobody_else(served):
         for _ in range(3):
             assert served.ask("/v1/completions", {"prompt": "y", "max_tokens": 3})[0] == 200
     served.until_empty(3)
+
+
+def test_a_client_that_leaves_the_queue_is_forgotten():
+    with Served(PACED, max_running=2) as narrow, post(narrow, "/v1/completions", {"prompt": "x", "max_tokens": 5000, "n": 2}):
+        running(narrow, 2)
+        with post(narrow, "/v1/completions", {"prompt": "y", "max_tokens": 5}):
+            until_health(narrow, "waiting", 1)
+        until_health(narrow, "waiting", 0)
+        assert narrow.ask("/health")[1]["running"] == 2
+
+
+async def test_beyond_the_queue_requests_are_refused_with_a_time_to_come_back():
+    with Served(PACED, max_running=1, max_waiting=1) as narrow, post(narrow, "/v1/completions", {"prompt": "x", "max_tokens": 5000}):
+        running(narrow, 1)
+        with post(narrow, "/v1/completions", {"prompt": "y", "max_tokens": 5}), Client(narrow.url, retries=0) as client:
+            until_health(narrow, "waiting", 1)
+            with pytest.raises(RateLimited, match="1 requests are waiting already") as refused:
+                client.chat(HELLO, max_tokens=1)
+            assert refused.value.retry_after
 
 
 # Being told to stop
@@ -232,6 +255,19 @@ async def test_sigterm_lets_running_streams_finish_and_refuses_new_ones():
         assert [(one.error, one.completion_tokens) for one in got] == [(None, request["max_tokens"]) for request in requests]
         assert served.finish() == 0
         watch.all_gone(1)
+
+
+async def test_a_drain_waits_for_a_worker_that_comes_back():
+    with Served(PACED) as served:
+        requests = mixed(4, 150)
+        async with Streams(served.url, served.model, requests) as streams:
+            await streams.until(20)
+            await asyncio.to_thread(served.kill, "worker-0")
+            await asyncio.to_thread(served.until, "starting it again")
+            served.process.send_signal(signal.SIGTERM)
+            got = await streams.ended()
+        assert [(one.error, one.completion_tokens) for one in got] == [(None, request["max_tokens"]) for request in requests]
+        assert served.finish() == 0
 
 
 async def test_a_drain_has_a_limit():
@@ -272,9 +308,10 @@ async def test_ctrl_c_ends_everything_within_two_seconds(times):
 
 def test_a_supervisor_killed_outright_leaves_nobody_behind():
     with Served(PACED) as served:
-        watch = Watch(served.pids())
+        watch, run_dir = Watch(served.pids()), served.run_dir()
         os.kill(served.process.pid, signal.SIGKILL)
         watch.all_gone(2)
+        assert not run_dir.exists()
         assert served.finish() == -signal.SIGKILL
 
 
