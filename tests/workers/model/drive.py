@@ -2,10 +2,22 @@
 
 import random
 
+import pytest
 import torch
 
-from headrace.kernels.ops import Extents
+from headrace.kernels.ops import Extents, Ops
+from headrace.kernels.select import make_ops
 from headrace.workers.model.decoder import Decoder
+
+KERNELS = ("reference", "cpu")
+"""What every test of a model's numbers runs on."""
+
+
+def ops_of(kind: str, threads: int | None = None) -> Ops:
+    """The ops of one of KERNELS; skips the test where the native ones are not built."""
+    if kind == "cpu":
+        pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
+    return make_ops(kind, threads=threads)
 
 
 class Drive:

@@ -7,10 +7,9 @@ import pytest
 import torch
 import transformers
 
-from headrace.kernels.select import make_ops
 from headrace.workers.loader.gguf import GGUFCheckpoint
 from headrace.workers.model.decoder import Decoder, load_decoder
-from tests.workers.model.drive import Drive, all_logits, greedy
+from tests.workers.model.drive import Drive, all_logits, greedy, ops_of
 
 CLOSE = 1e-3
 
@@ -53,9 +52,9 @@ def oracle():
     return transformers.AutoModelForCausalLM.from_pretrained(model_file().parent, gguf_file=model_file().name, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return load_decoder("llama", GGUFCheckpoint(model_file()), make_ops("reference"), context=1024)
+@pytest.fixture(scope="module", params=["cpu", pytest.param("reference", marks=pytest.mark.slow)])
+def decoder(request) -> Decoder:
+    return load_decoder("llama", GGUFCheckpoint(model_file()), ops_of(request.param), context=1024)
 
 
 def logits_differ_by(oracle, decoder: Decoder, ids: list[int]) -> float:

@@ -5,21 +5,21 @@ import random
 import pytest
 import torch
 
-from headrace.kernels.select import make_ops
 from headrace.workers.loader.safetensors import SafetensorsCheckpoint
 from headrace.workers.model.decoder import Decoder, load_decoder
-from tests.workers.model.drive import Drive
+from tests.workers.model.drive import KERNELS, Drive, ops_of
 from tests.workers.model.tiny import build
 
 TEXT = torch.randint(3, 199, (150,), generator=torch.Generator().manual_seed(6)).tolist()
 WIDTH = 32
 
 
-@pytest.fixture(scope="module", params=["llama-one-kv-head", "gemma3"])
+@pytest.fixture(scope="module", params=[(name, kernels) for kernels in KERNELS for name in ("llama-one-kv-head", "gemma3")], ids="-".join)
 def decoder(request, tmp_path_factory) -> Decoder:
-    directory = tmp_path_factory.mktemp(request.param)
-    model = build(request.param, directory)
-    return load_decoder(model.config.architectures[0], SafetensorsCheckpoint(directory), make_ops("reference"), context=256)
+    name, kernels = request.param
+    directory = tmp_path_factory.mktemp(name)
+    model = build(name, directory)
+    return load_decoder(model.config.architectures[0], SafetensorsCheckpoint(directory), ops_of(kernels), context=256)
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +46,11 @@ def test_chunks_of_any_size_give_what_the_whole_prompt_gives(decoder):
 
 
 def test_page_order_and_threads_change_nothing(decoder):
-    torch.set_num_threads(1)
+    decoder.ops = ops_of(decoder.ops.name, threads=1)
     whole = logits(decoder, [len(TEXT)])
     assert torch.equal(logits(decoder, [40], shuffle=3), whole)
     for count in (2, 3):
-        torch.set_num_threads(count)
+        decoder.ops = ops_of(decoder.ops.name, threads=count)
         assert torch.equal(logits(decoder, [len(TEXT)]), whole)
         assert torch.equal(logits(decoder, [50]), whole)
 

@@ -1,13 +1,12 @@
-"""Tiny models of every family give transformers' logits at every position and its greedy tokens, from both file formats."""
+"""Tiny models of every family give transformers' logits at every position and its greedy tokens: on all kernels, from both formats."""
 
 import pytest
 import torch
 
-from headrace.kernels.select import make_ops
 from headrace.workers.loader.gguf import GGUFCheckpoint
 from headrace.workers.loader.safetensors import SafetensorsCheckpoint
 from headrace.workers.model.decoder import Decoder, load_decoder
-from tests.workers.model.drive import all_logits, greedy
+from tests.workers.model.drive import KERNELS, all_logits, greedy, ops_of
 from tests.workers.model.tiny import MODELS, build, write_gguf
 
 CLOSE = 1e-4
@@ -32,17 +31,19 @@ def assert_equal_to(model, decoder: Decoder) -> None:
     assert continued == chosen[19:-1].tolist()
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, tmp_path):
+def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_path):
     model = build(name, tmp_path)
     architecture = model.config.architectures[0]
-    decoder = load_decoder(architecture, SafetensorsCheckpoint(tmp_path), make_ops("reference"), context=256)
+    decoder = load_decoder(architecture, SafetensorsCheckpoint(tmp_path), ops_of(kernels), context=256)
     assert_equal_to(model, decoder)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", IN_GGUF)
-def test_a_gguf_file_gives_the_same_logits_and_greedy_tokens(name, tmp_path):
+def test_a_gguf_file_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_path):
     model = build(name, tmp_path)
     architecture = write_gguf(model, tmp_path / "model.gguf")
-    decoder = load_decoder(architecture, GGUFCheckpoint(tmp_path / "model.gguf"), make_ops("reference"), context=256)
+    decoder = load_decoder(architecture, GGUFCheckpoint(tmp_path / "model.gguf"), ops_of(kernels), context=256)
     assert_equal_to(model, decoder)
