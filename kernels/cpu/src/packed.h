@@ -68,7 +68,7 @@ struct ByteSource {
 
 struct NibbleSource {
     static constexpr int STEP = 2;
-    static constexpr int PANELS = wide::WIDTH == LANES ? 2 : 4;
+    static constexpr int PANELS = 4;
     using Group = Scaled;
 
     const Linear& w;
