@@ -6,14 +6,17 @@ requests are sent again with the tokens they have, and go on where they were.
 
     generate ─▶ Visit(tokenizer-i) ─▶ …
     sink.accepted, sink.text…, sink.end | sink.failed ◀─
+
+`stream` is the comfortable way to the same: one request as an asynchronous iterator.
 """
 
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import zmq
 
@@ -36,9 +39,16 @@ from headrace.engine.messages.frontend import (
     ToFrontend,
     Tokenize,
     Tokenized,
+    TokenScore,
 )
+from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import desk_name
+
+FAREWELL_MS = 100
+"""How long the last aborts may take to leave."""
+
+_UNHEARD = "the tokenizer does not answer: try again in a moment"
 
 
 class Sink(Protocol):
@@ -69,6 +79,61 @@ class CallError(Exception):
         self.failure = failure
 
 
+class RequestFailed(Exception):
+    """A streamed request ended in an error; `failure` holds status, code, message and param."""
+
+    def __init__(self, failure: Failed) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class Piece(NamedTuple):
+    """What one step added to a streamed request."""
+
+    text: str
+    tokens: int
+    """How many came; their text may be empty while it is not yet certain."""
+    scores: tuple[TokenScore, ...]
+
+
+class _Queue:
+    """The sink of a streamed request: what happened and was not yet read."""
+
+    def __init__(self) -> None:
+        self.events: deque[Accepted | PromptScores | Piece | End | Failed] = deque()
+        self.news = asyncio.Event()
+
+    def accepted(self, message: Accepted) -> None:
+        self._put(message)
+
+    def prompt_scores(self, message: PromptScores) -> None:
+        self._put(message)
+
+    def text(self, text: str, count: int, scores: Scores | None, now: float) -> None:
+        self._put(Piece(text, count, scores.scores if scores else ()))
+
+    def end(self, message: End, now: float) -> None:
+        self._put(message)
+
+    def failed(self, message: Failed) -> None:
+        self._put(message)
+
+    def _put(self, event: Accepted | PromptScores | Piece | End | Failed) -> None:
+        self.events.append(event)
+        self.news.set()
+
+
+class _Call:
+    """A question that has had no answer."""
+
+    __slots__ = ("desk", "future", "message")
+
+    def __init__(self, desk: str, message: Tokenize | Detokenize | Describe, future: asyncio.Future) -> None:
+        self.desk = desk
+        self.message = message
+        self.future = future
+
+
 class _Live:
     """A request that has had no last word."""
 
@@ -96,7 +161,7 @@ class DirectClient:
         self._load = dict.fromkeys(tokenizers, 0)
         """Live requests by tokenizer."""
         self._live: dict[int, _Live] = {}
-        self._calls: dict[int, tuple[asyncio.Future, str]] = {}
+        self._calls: dict[int, _Call] = {}
         self._next_id = secrets.randbits(40) << 24
         """Ids of this client: 40 random bits, then a count."""
 
@@ -112,12 +177,36 @@ class DirectClient:
         return tuple(range(first, first + count))
 
     def generate(self, generate: Generate, sinks: Sequence[Sink]) -> None:
-        """Send a request; `sinks` has one entry for each id in `generate.requests`."""
+        """Send a request; `sinks` has one entry for each id in `generate.requests`. They may hear of a failure before this returns."""
         desk = min(self._load, key=self._load.__getitem__)
         for place, (request, sink) in enumerate(zip(generate.requests, sinks, strict=True)):
             self._live[request] = _Live(sink, generate, place, desk)
             self._load[desk] += 1
-        self._visits[desk].send(generate)
+        self._submit(desk, generate)
+
+    async def stream(
+        self, prompt: Prompt, sampling: Sampling, stop: Sequence[str] = (), seed: int | None = None
+    ) -> AsyncGenerator[Accepted | PromptScores | Piece | End, None]:
+        """One continuation of `prompt`: an `Accepted`, a `Piece` a step, an `End`. `seed` has 64 bits; None draws one.
+
+        Raises `RequestFailed`. Closing the generator early (`contextlib.aclosing`) aborts the request.
+        """
+        queue, ids = _Queue(), self.new_ids(1)
+        drawn = secrets.randbits(64) if seed is None else seed
+        self.generate(Generate(ids, (drawn,), prompt, sampling, tuple(stop)), [queue])
+        try:
+            while True:
+                while queue.events:
+                    event = queue.events.popleft()
+                    if isinstance(event, Failed):
+                        raise RequestFailed(event)
+                    yield event
+                    if isinstance(event, End):
+                        return
+                queue.news.clear()
+                await queue.news.wait()
+        finally:
+            self.abort(ids)
 
     def abort(self, requests: Sequence[int]) -> None:
         """These are no longer wanted: their sinks hear nothing more."""
@@ -130,26 +219,27 @@ class DirectClient:
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True, return_token_strs: bool = False) -> Tokenized:
         """Token ids of a prompt. Raises `CallError`."""
-        return await self._call(lambda call: Tokenize(call, prompt, add_special_tokens, return_token_strs))
+        return await self._ask(Tokenize(self._new_id(), prompt, add_special_tokens, return_token_strs))
 
     async def detokenize(self, ids: tuple[int, ...]) -> Detokenized:
         """Text of token ids. Raises `CallError`."""
-        return await self._call(lambda call: Detokenize(call, ids))
+        return await self._ask(Detokenize(self._new_id(), ids))
 
     async def describe(self) -> ModelCard:
-        """What is being served."""
-        return await self._call(Describe)
+        """What is being served. Raises `CallError`."""
+        return await self._ask(Describe(self._new_id()))
 
     def tokenizer_died(self, name: str) -> None:
-        """Send the requests of a dead tokenizer again, with the tokens they have. Its successor takes what finds no other."""
+        """Send what a dead tokenizer owes again, requests with the tokens they have. Its successor takes what finds no other."""
         # What the dead one said and nobody has read yet will be said again; what waits for it is not meant for its successor.
         self._visits[name].close()
         self._visits[name] = self._visit(name)
-        for call, (future, desk) in self._calls.items():
-            if desk == name and not future.done():
-                future.set_exception(CallError(CallFailed(call, 503, "recovering", "the tokenizer died: try again in a moment")))
-        lost = [(request, live) for request, live in self._live.items() if live.desk == name]
         others = [desk for desk in self._load if desk != name] or [name]
+        for call in self._calls.values():
+            if call.desk == name:
+                call.desk = min(others, key=self._load.__getitem__)
+                self._send_call(call)
+        lost = [(request, live) for request, live in self._live.items() if live.desk == name]
         for request, live in lost:
             generate, place = live.generate, live.place
             desk = min(others, key=self._load.__getitem__)
@@ -169,30 +259,41 @@ class DirectClient:
                 priority=generate.priority,
                 emitted=(tuple(live.tokens),),
             )
-            self._visits[desk].send(again)
+            self._submit(desk, again)
 
     def close(self) -> None:
         """Abort what is live and hang up."""
         self.abort(list(self._live))
         for visit in self._visits.values():
-            visit.close()
-        self._context.destroy(linger=100)
+            visit.close(linger_ms=FAREWELL_MS)
+        self._context.destroy()
 
     def _visit(self, name: str) -> Visit:
         visit = Visit(self._context, endpoint(self._run_dir, desk_name(name)), self._identity, ToFrontend)
         visit.open(self._receive)
         return visit
 
-    async def _call(self, make) -> Message:
-        (call,) = self.new_ids(1)
-        future = asyncio.get_running_loop().create_future()
+    def _new_id(self) -> int:
+        return self.new_ids(1)[0]
+
+    def _submit(self, desk: str, generate: Generate) -> None:
+        if not self._visits[desk].send(generate):
+            for request in generate.requests:
+                if live := self._forget(request):
+                    live.sink.failed(Failed(request, 503, "overloaded", _UNHEARD, retry_after=1.0))
+
+    async def _ask(self, message: Tokenize | Detokenize | Describe) -> Any:
         desk = min(self._load, key=self._load.__getitem__)
-        self._calls[call] = (future, desk)
-        self._visits[desk].send(make(call))
+        call = self._calls[message.call] = _Call(desk, message, asyncio.get_running_loop().create_future())
+        self._send_call(call)
         try:
-            return await future
+            return await call.future
         finally:
-            del self._calls[call]
+            del self._calls[message.call]
+
+    def _send_call(self, call: _Call) -> None:
+        if not self._visits[call.desk].send(call.message) and not call.future.done():
+            call.future.set_exception(CallError(CallFailed(call.message.call, 503, "overloaded", _UNHEARD)))
 
     def _forget(self, request: int) -> _Live | None:
         live = self._live.pop(request, None)
@@ -214,13 +315,11 @@ class DirectClient:
                 if live := self._forget(message.request):
                     live.sink.failed(message)
             case Tokenized() | Detokenized() | ModelCard():
-                future, _ = self._calls.get(message.call, (None, ""))
-                if future and not future.done():
-                    future.set_result(message)
+                if (call := self._calls.get(message.call)) and not call.future.done():
+                    call.future.set_result(message)
             case CallFailed():
-                future, _ = self._calls.get(message.call, (None, ""))
-                if future and not future.done():
-                    future.set_exception(CallError(message))
+                if (call := self._calls.get(message.call)) and not call.future.done():
+                    call.future.set_exception(CallError(message))
 
     def _text(self, message: Text) -> None:
         now = time.monotonic()

@@ -258,7 +258,10 @@ class Visit:
             self._reader.recheck()
         return True
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 0) -> None:
+        """Hang up; what was sent last has `linger_ms` to leave."""
+        if not self._socket.closed:
+            self._socket.setsockopt(zmq.LINGER, linger_ms)
         if self._reader:
             self._reader.close()
         else:
