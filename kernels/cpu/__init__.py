@@ -6,10 +6,12 @@ taken. What does not change from call to call (weights, pages, a batch's arrays)
 multiple of 8, run on the reference ops, which work on the same tensors.
 """
 
+import hashlib
 import logging
 import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,13 @@ def physical_cores() -> int:
     return len(cores)
 
 
+def is_stale() -> bool:
+    """Whether the extension was built from other sources than those that lie beside this file. False where none do, as in a wheel."""
+    sources = sorted(path for path in (Path(__file__).parent / "src").glob("*") if path.suffix in (".cpp", ".h"))
+    hashes = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in sources)
+    return bool(sources) and hashlib.sha256(hashes.encode()).hexdigest() != getattr(_native, "SOURCES", "")
+
+
 class CpuOps:
     """`headrace.kernels.ops.Ops` in native code, whose docstrings hold here. `threads` None is one a physical core.
 
@@ -64,6 +73,8 @@ class CpuOps:
             raise ValueError(f"threads={threads}: ask for at least 1")
         if threads is not None and threads > cores:
             log.warning("%d threads on %d cores get in each other's way: --threads %d is faster", threads, cores, cores)
+        if is_stale():
+            log.warning("the native kernels were built from older sources (%s): build them anew with scripts/test", _native.__file__)
         self._engine = _native.Engine(threads or cores, isa or os.environ.get("HEADRACE_CPU_ISA", ""))
         self._reference = ReferenceOps("cpu")
         self._vectors: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}

@@ -144,6 +144,7 @@ class Engine {
 
 NB_MODULE(_native, m) {
     m.attr("PANEL") = PANEL;
+    m.attr("SOURCES") = HEADRACE_SOURCES;
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const Ops* table : tables()) names.push_back(table->isa);
