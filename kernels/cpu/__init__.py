@@ -79,7 +79,7 @@ class CpuOps:
         self._reference = ReferenceOps("cpu")
         self._vectors: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
         self._pages: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], Any]] = {}
-        self._tables: dict[int, tuple[weakref.ref[torch.Tensor], Packed]] = {}
+        self._tables: list[tuple[list[weakref.ref[torch.Tensor]], int, Packed]] = []
         self._batch: tuple[Extents, int, Any] | None = None
         self._heads: dict[HeadShape, Any] = {}
         self.isa: str = self._engine.isa
@@ -94,17 +94,18 @@ class CpuOps:
         if known := self._known_table(weight):
             return known
         packed = pack(self._engine, [weight])
-        storage = _storage(weight)
-        self._tables[id(storage)] = (weakref.ref(storage), packed)
+        parts, group = _parts(weight)
+        self._tables.append(([weakref.ref(part) for part in parts], group, packed))
         return packed
 
     def _known_table(self, weight: Weight) -> Packed | None:
         """The table made of the very same weight, while that is alive."""
-        for key in [key for key, (tensor, _) in self._tables.items() if tensor() is None]:
-            del self._tables[key]
-        storage = _storage(weight)
-        known = self._tables.get(id(storage))
-        return known[1] if known else None
+        self._tables = [table for table in self._tables if all(part() is not None for part in table[0])]
+        parts, group = _parts(weight)
+        for known, known_group, packed in self._tables:
+            if known_group == group and len(known) == len(parts) and all(a() is b for a, b in zip(known, parts, strict=True)):
+                return packed
+        return None
 
     def embed(self, ids: torch.Tensor, table: Packed, scale: float = 1.0) -> torch.Tensor:
         (count,) = _indices("ids", ids)
@@ -279,8 +280,11 @@ class CpuOps:
         return native
 
 
-def _storage(weight: Weight) -> torch.Tensor:
-    return weight.codes if isinstance(weight, GroupedInt) else weight.values
+def _parts(weight: Weight) -> tuple[list[torch.Tensor], int]:
+    """The tensors that make a weight, and their group: two weights of the same ones are the same."""
+    if isinstance(weight, GroupedInt):
+        return [part for part in (weight.codes, weight.scales, weight.minimums) if part is not None], weight.group
+    return [weight.values], 0
 
 
 def _matrix(name: str, x: torch.Tensor) -> torch.Size:
