@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import secrets
 
 import msgspec
 from aiohttp import web
@@ -19,7 +20,7 @@ LARGEST_BODY = 8 << 20
 """Bytes of a request body; larger ones get 413."""
 
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
-_KEYED = ("/v1/", "/tokenize", "/detokenize")
+_UNKEYED = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
 
 _GREETING = """headrace {version}, serving {model}
 
@@ -30,13 +31,13 @@ _GREETING = """headrace {version}, serving {model}
 
 
 def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, model_name: str, api_key: str | None) -> web.Application:
-    """The application. With `api_key`, everything but health and metrics needs it."""
+    """The application. With `api_key`, everything but the greeting, health and metrics needs it."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if api_key is not None and request.path.startswith(_KEYED):
-                request["tenant"] = _check_key(request, api_key)
+            if api_key is not None and request.path not in _UNKEYED:
+                _check_key(request, api_key)
             if request.path in _GENERATING and request.method == "POST":
                 view.check_open()
             response = await handler(request)
@@ -44,6 +45,8 @@ def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, mode
             response = refusal.response()
         except web.HTTPException as error:
             response = _of_http(error, request).response()
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
         except ConnectionResetError:
             # The client is gone, and with it whoever would read an answer.
             raise
@@ -52,6 +55,8 @@ def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, mode
             response = Refusal("internal error: the server's log has the details", status=500, code="internal_error").response()
         route = request.match_info.route.resource
         meters.answered(route.canonical if route else "unknown", response.status)
+        if not response.prepared:
+            response.headers.setdefault("x-request-id", f"req-{secrets.token_hex(8)}")
         return response
 
     async def live(request: web.Request) -> web.Response:
@@ -87,14 +92,14 @@ def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, mode
     return app
 
 
-def _check_key(request: web.Request, api_key: str) -> str:
-    """The tenant of a request with the right key. Raises `Refusal`."""
+def _check_key(request: web.Request, api_key: str) -> None:
+    """Raises `Refusal` unless the request has the right key."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not given:
         raise Refusal("an API key is needed: send it as 'Authorization: Bearer KEY'", status=401, code="missing_api_key")
-    if not hmac.compare_digest(given.strip().encode(), api_key.encode()):
+    # Bytes of either that are no UTF-8 stand in the text as surrogates.
+    if not hmac.compare_digest(given.strip().encode(errors="surrogateescape"), api_key.encode(errors="surrogateescape")):
         raise Refusal("the API key is wrong", status=401, code="invalid_api_key")
-    return "key"
 
 
 def _of_http(error: web.HTTPException, request: web.Request) -> Refusal:

@@ -19,6 +19,12 @@ from headrace.server.meters import RequestMeters
 from headrace.server.openai.routes import OpenAIRoutes
 from headrace.server.state import EngineView
 
+IDLE_TIMEOUT = 75.0
+"""Seconds that a connection may go without a whole request head."""
+
+LINGER_TIMEOUT = 5.0
+"""Seconds in which the rest of a refused body is read away, so that whoever still sends it gets to read the answer."""
+
 
 class Server:
     """The actor. `open` starts to listen."""
@@ -31,7 +37,14 @@ class Server:
         openai = OpenAIRoutes(self._client, process.model, meters)
         app = make_app(openai, self._view, meters, process.model.name, process.config.api_key)
         app.middlewares.insert(0, self._count)
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=0.5,
+            keepalive_timeout=IDLE_TIMEOUT,
+            lingering_time=LINGER_TIMEOUT,
+        )
         self._open_requests = 0
         self._idle = asyncio.Event()
         self._idle.set()

@@ -15,6 +15,9 @@ from aiohttp import web
 SOCKET_FULL = 64 * 1024
 """Bytes waiting for a client beyond which nothing more is written to it."""
 
+STALL_TIMEOUT = 300.0
+"""Seconds that a client may leave its socket full before it is hung up on: it may still be there, but it does not read."""
+
 
 class EventStream:
     """One response that streams events."""
@@ -27,6 +30,7 @@ class EventStream:
         self._transport: asyncio.Transport | None = None
         self._on_room = on_room
         self._draining: asyncio.Task | None = None
+        self._closing = False
 
     async def open(self, headers: dict[str, str]) -> None:
         """Send the headers; from now on events can be written."""
@@ -42,8 +46,8 @@ class EventStream:
 
     @property
     def full(self) -> bool:
-        """Whether the client is behind, or the stream not open yet. What would be written now must wait for `on_room`."""
-        return self._transport is None or self._draining is not None
+        """Whether the client is behind, or the stream not open yet, or about to end. What would be written now must wait for `on_room`."""
+        return self._transport is None or self._draining is not None or self._closing
 
     def write(self, event: bytes) -> None:
         """Send `event`, a whole `data: …` with its blank line. Never while `full`."""
@@ -54,11 +58,12 @@ class EventStream:
         if transport.get_write_buffer_size() > SOCKET_FULL and self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain())
 
-    async def close(self) -> None:
-        """End the response; waits until the client has taken it."""
-        while self._draining:
+    async def close(self, last: bytes) -> None:
+        """End the response with the events `last`, which nothing follows; waits until the client has taken it."""
+        self._closing = True
+        if self._draining:
             await self._draining
-        await self._response.write_eof()
+        await self._response.write_eof(last)
 
     @property
     def response(self) -> web.StreamResponse:
@@ -67,7 +72,12 @@ class EventStream:
     async def _drain(self) -> None:
         """Wait until the socket has room, then let the writer catch up."""
         try:
-            await self._request.protocol._drain_helper()  # aiohttp's own wait for resume_writing
+            async with asyncio.timeout(STALL_TIMEOUT):
+                await self._request.protocol._drain_helper()  # aiohttp's own wait for resume_writing
+        except TimeoutError:
+            if self._transport:
+                self._transport.abort()
+            return
         except ConnectionError:
             # The client is gone; whoever handles the request hears of it by itself.
             return

@@ -5,7 +5,7 @@ DirectClient ──▶ Choice (a Sink each) ──▶ Answer ─▶ one JSON bod
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from headrace.engine.messages.frontend import Accepted, End, Failed, PromptScores, Scores, TokenScore
 from headrace.engine.messages.openai.responses import (
@@ -111,6 +111,12 @@ def usage(choices: list[tuple[int, End]]) -> Usage:
     completion_tokens = sum(end.completion_tokens for _, end in choices)
     cached = sum(end.cached_tokens for end in prompts.values())
     return Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, PromptTokensDetails(cached))
+
+
+def first_token(prompt: Accepted, scores: Sequence[TokenScore | None]) -> str:
+    """Text of a prompt's first token: what its scored tokens do not account for."""
+    text = prompt.prompt_text or ""
+    return text[: max(0, len(text) - sum(len(score.text) for score in scores if score))]
 
 
 def chat_logprobs(scores: list[TokenScore]) -> ChatLogprobs:

@@ -16,6 +16,7 @@ _TYPES = {
     401: "authentication_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
@@ -50,9 +51,13 @@ class Refusal(Exception):
         if self.retry_after is not None:
             # Whole seconds, never too early.
             headers["Retry-After"] = str(int(-(-self.retry_after // 1)))
-        elif self.status == 503:
+        elif self.status in (429, 503):
             headers["Retry-After"] = "1"
-        return web.Response(body=self.body(), status=self.status, content_type="application/json", headers=headers)
+        response = web.Response(body=self.body(), status=self.status, content_type="application/json", headers=headers)
+        if self.status == 408:
+            # What is left of the request will never come, and nothing else can come before it.
+            response.force_close()
+        return response
 
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`")

@@ -33,6 +33,9 @@ from headrace.server.openai.validate import (
 )
 from headrace.server.openai.whole import chat_completion, completion
 
+BODY_TIMEOUT = 60.0
+"""Seconds in which a body must have come."""
+
 _encode = msgspec.json.Encoder().encode
 _chat = msgspec.json.Decoder(requests.Chat)
 _completion = msgspec.json.Decoder(requests.Completion)
@@ -48,7 +51,7 @@ def engine_version() -> str:
 
 
 class OpenAIRoutes:
-    """The handlers; `tenant` gives a request's tenant."""
+    """The handlers."""
 
     def __init__(self, client: DirectClient, model: ModelFiles, meters: RequestMeters) -> None:
         self._client = client
@@ -68,7 +71,7 @@ class OpenAIRoutes:
         ]
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        body = decode(_chat, await request.read())
+        body = decode(_chat, await _body(request))
         self._check_model(body.model)
         sampling = chat_sampling(body)
         prompt = chat_prompt(body, _encode)
@@ -76,7 +79,7 @@ class OpenAIRoutes:
         return await self._answer(request, body, [prompt], sampling, "chatcmpl", echo=False, make_whole=make_whole)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        body = decode(_completion, await request.read())
+        body = decode(_completion, await _body(request))
         self._check_model(body.model)
         sampling = completion_sampling(body)
         prompts = completion_prompts(body)
@@ -91,7 +94,7 @@ class OpenAIRoutes:
         return _json(self._card())
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        body = decode(_tokenize, await request.read())
+        body = decode(_tokenize, await _body(request))
         self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise Refusal("give either prompt or messages", "prompt")
@@ -108,7 +111,7 @@ class OpenAIRoutes:
         return _json(responses.Tokenized(found.ids, len(found.ids), found.context, found.token_strs))
 
     async def detokenize(self, request: web.Request) -> web.Response:
-        body = decode(_detokenize, await request.read())
+        body = decode(_detokenize, await _body(request))
         self._check_model(body.model)
         if any(not 0 <= token < 2**31 for token in body.tokens):
             raise Refusal("tokens holds a number that is no token id", "tokens", code="out_of_range")
@@ -169,7 +172,6 @@ class OpenAIRoutes:
                     include_stop=body.include_stop_str_in_output,
                     skip_special_tokens=body.skip_special_tokens,
                     want_prompt=echo,
-                    tenant=request.get("tenant", ""),
                     priority=body.priority,
                 )
                 self._client.generate(generate, sinks[here])
@@ -192,6 +194,14 @@ class OpenAIRoutes:
 
     def _card(self) -> responses.Model:
         return responses.Model(self._model.name, self._created, max_model_len=self._model.context)
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            return await request.read()
+    except TimeoutError:
+        raise Refusal(f"the body did not come within {BODY_TIMEOUT:g} s", status=408, code="request_timeout") from None
 
 
 def _json(body: object, headers: dict[str, str] | None = None) -> web.Response:

@@ -15,7 +15,7 @@ from aiohttp import web
 from headrace.engine.messages.frontend import Accepted, End, Failed, PromptScores, Scores, TokenScore
 from headrace.engine.messages.openai.responses import Usage
 from headrace.server.meters import Timing
-from headrace.server.openai.choices import Answer, chat_logprobs, completion_logprobs, finish_reason
+from headrace.server.openai.choices import Answer, chat_logprobs, completion_logprobs, finish_reason, first_token
 from headrace.server.openai.errors import Refusal
 from headrace.server.sse import EventStream
 
@@ -71,6 +71,8 @@ class StreamedChoice:
         self._echo = echo
         self._held = scored_prompt
         """The prompt's scores are still to come, and its text must not go before them."""
+        self._first = ""
+        """Text of the prompt's first token, which has no score."""
         self._before = shape.before(index)
         self._after = shape.after()
         self._stream: EventStream | None = None
@@ -78,7 +80,7 @@ class StreamedChoice:
         """Text that waits for room."""
         self._scores: list[TokenScore | None] = []
         self._offset = 0
-        """Characters written so far, for `text_offset`."""
+        """Characters of all tokens whose scores were written, for `text_offset`."""
         self._ended = False
         """Its last chunk was written."""
 
@@ -97,7 +99,11 @@ class StreamedChoice:
             self._answer.one_accepted()
 
     def prompt_scores(self, message: PromptScores) -> None:
+        if not self._held:
+            return  # told again by a tokenizer that took over
         self._scores = [*message.scores, *self._scores]
+        if self.prompt:
+            self._first = first_token(self.prompt, message.scores)
         self._held = False
         self.flush()
 
@@ -108,7 +114,6 @@ class StreamedChoice:
         if scores is None and not self._text and not self._scores and not self._held and stream is not None and not stream.full:
             if text:
                 stream.write(self._before + _encode(text) + self._after)
-                self._offset += len(text)
             return
         self._text += text
         if scores:
@@ -133,7 +138,6 @@ class StreamedChoice:
             if self._scores:
                 logprobs = _encode(self._logprobs())
             stream.write(self._before + _encode(self._text) + self._shape.after(logprobs))
-            self._offset += len(self._text)
             self._text = ""
             self._scores = []
         if self.finish is not None and not stream.full:
@@ -144,10 +148,9 @@ class StreamedChoice:
     def _logprobs(self) -> object:
         if self._shape.chat:
             return chat_logprobs([score for score in self._scores if score])
-        first = self._text
-        if self._scores[0] is None:
-            first = self._text[: max(0, len(self._text) - sum(len(score.text) for score in self._scores if score))]
-        return completion_logprobs(self._scores, first, self._offset, self._shape.want_top)
+        found = completion_logprobs(self._scores, self._first, self._offset, self._shape.want_top)
+        self._offset += sum(map(len, found.tokens))
+        return found
 
 
 async def stream_answer(
@@ -174,10 +177,10 @@ async def stream_answer(
         choice.open(stream)
     try:
         await answer.all_done()
+        last = b"data: [DONE]\n\n"
         if counts:
-            stream.write(shape.usage(counts()))
-        stream.write(b"data: [DONE]\n\n")
+            last = shape.usage(counts()) + last
     except Refusal as refusal:
-        stream.write(b"data: %b\n\n" % refusal.body())
-    await stream.close()
+        last = b"data: %b\n\n" % refusal.body()
+    await stream.close(last)
     return stream.response

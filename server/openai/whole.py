@@ -9,7 +9,7 @@ from headrace.engine.messages.openai.responses import (
     CompletionLogprobs,
     Usage,
 )
-from headrace.server.openai.choices import Choice, chat_logprobs, completion_logprobs, finish_reason
+from headrace.server.openai.choices import Choice, chat_logprobs, completion_logprobs, finish_reason, first_token
 
 
 def chat_completion(head: dict, choices: list[Choice], counts: Usage, logprobs: bool) -> ChatCompletion:
@@ -53,9 +53,5 @@ def completion(head: dict, choices: list[Choice], counts: Usage, logprobs: int |
 def _logprobs(choice: Choice, top: int) -> CompletionLogprobs:
     """Scores of the prompt, where it was to be echoed, and of the completion."""
     prompt = choice.prompt_token_scores or ()
-    first = ""
-    if prompt and choice.prompt:
-        # What the scored tokens do not account for is the first token's.
-        text = choice.prompt.prompt_text or ""
-        first = text[: max(0, len(text) - sum(len(score.text) for score in prompt if score))]
+    first = first_token(choice.prompt, prompt) if choice.prompt else ""
     return completion_logprobs([*prompt, *choice.scores], first, 0, top > 0)

@@ -16,8 +16,8 @@ import zmq
 from headrace.engine.actor import Desk, Mailbox, endpoint
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.config import Config
-from headrace.engine.messages.frontend import Accepted, End, Generate, Text, ToTokenizer
-from headrace.engine.messages.lifecycle import EngineState, FromChild, GetStatus, Status
+from headrace.engine.messages.frontend import Accepted, Detokenize, Detokenized, End, Generate, Text, ToTokenizer
+from headrace.engine.messages.lifecycle import EngineState, FromChild, GetStatus, PeerDied, Status
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, desk_name
 from headrace.engine.process import EngineSpec, Process
@@ -141,6 +141,41 @@ class Stage:
                 return response.status, await response.text(), response
 
         return asyncio.create_task(ask())
+
+    def tokenizer_dies(self) -> None:
+        """The first tokenizer; its successor stands where it stood."""
+        self.desk.close()
+        self.server.receive(PeerDied("tokenizer-0"))
+        self.desks[0] = ScriptedDesk(self.process.context, self.run_dir)
+
+    async def complete_and_finish(self) -> str:
+        """One whole request, to see that the server still serves: its text."""
+        answer = self.complete()
+        (request,) = (await self.desk.accept()).requests
+        self.desk.say(request, "fine", [7], ended(request))
+        status, body, _ = await answer
+        assert status == 200, body
+        return body["choices"][0]["text"]
+
+    async def delivered(self) -> None:
+        """What the first desk said so far has reached the server: it answers in order, and here it answers once more."""
+        call = self.post("/detokenize", tokens=[1])
+        asked = await self.desk.next(Detokenize)
+        self.desk.send(Detokenized(asked.call, "x"))
+        assert (await call)[0] == 200
+
+    async def connect(self, limit: int = 2**16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection to the server, which reads ahead by no more than `limit` bytes."""
+        host, port = self.process.detail.removeprefix("http://").split(":")
+        return await asyncio.open_connection(host, int(port), limit=limit)
+
+    async def raw_status(self, head: bytes) -> int:
+        """The status that these bytes are answered with."""
+        reader, writer = await self.connect()
+        writer.write(head)
+        line = await asyncio.wait_for(reader.readline(), PATIENCE)
+        writer.close()
+        return int(line.split()[1])
 
     async def close(self) -> None:
         await self.http.close()
