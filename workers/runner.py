@@ -24,7 +24,8 @@ from headrace.kernels.select import KernelsUnavailable, make_ops
 from headrace.workers.batch import build_batch
 from headrace.workers.loader import open_checkpoint
 from headrace.workers.model.config import DecoderConfig
-from headrace.workers.model.decoder import Decoder, load_decoder
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.families import describe
 from headrace.workers.worker import Outcome, Worker, rank_of
 
 MOST_KV_BYTES = 4 << 30
@@ -168,10 +169,13 @@ async def build(process: Process) -> Worker:
     if ops.name == "cpu":
         # The native kernels have threads of their own; torch's would only stand in their way.
         torch.set_num_threads(1)
-    decoder = load_decoder(model.architecture, open_checkpoint(model), ops, model.context)
-    runner = ModelRunner(decoder, page_count(decoder.config, config.page_size, config.kv_memory), config.page_size)
+    checkpoint = open_checkpoint(model)
+    described, names = describe(model.architecture, checkpoint)
+    # Before the weights, so that too little memory is told at once.
+    pages = page_count(described, config.page_size, config.kv_memory)
+    decoder = Decoder(described, names, checkpoint, ops, model.context)
+    runner = ModelRunner(decoder, pages, config.page_size)
     runner.warm_up()
-    pages = runner.pages
     process.detail = f"{ops.name} kernels, {pages} pages of {config.page_size} tokens"
     return Worker(process, rank_of(process.name), runner)
 
