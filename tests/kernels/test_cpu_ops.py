@@ -182,7 +182,7 @@ def test_rope_turns_heads_and_writes_pages(ops, query_heads, kv_heads, dim, rota
         torch.testing.assert_close(mine.values, expected.values, rtol=0, atol=0, equal_nan=True)
 
 
-SHAPES = [(9, 3, 64), (4, 4, 8), (5, 1, 24), (2, 1, 72), (64, 1, 16), (6, 2, 128), (4, 1, 256), (3, 3, 20)]
+SHAPES = [(9, 3, 64), (4, 4, 8), (5, 1, 24), (2, 1, 72), (71, 1, 16), (6, 2, 128), (4, 1, 256), (3, 3, 20)]
 """The last is no multiple of a vector."""
 
 
