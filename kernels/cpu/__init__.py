@@ -81,6 +81,7 @@ class CpuOps:
         self._pages: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], Any]] = {}
         self._tables: list[tuple[list[weakref.ref[torch.Tensor]], int, Packed]] = []
         self._batch: tuple[Extents, int, Any] | None = None
+        self._rope: tuple[RopeTable, int, tuple[int, int, int, int]] | None = None
         self._heads: dict[HeadShape, Any] = {}
         self.isa: str = self._engine.isa
         self.threads: int = self._engine.threads
@@ -172,15 +173,13 @@ class CpuOps:
             raise ValueError(f"qkv has {width} columns, {heads} needs {(heads.query_heads + 2 * heads.kv_heads) * dim}")
         if dim > _WIDEST_HEAD:
             return self._reference.rope_write_kv(qkv, heads, rope, q_norm, k_norm, eps, kv, extents)
-        positions, half = _matrix("cos", rope.cos)
-        if _matrix("sin", rope.sin) != rope.cos.shape or 2 * half > dim:
-            raise ValueError(f"cos {tuple(rope.cos.shape)} and sin {tuple(rope.sin.shape)} do not fit heads of {dim}")
+        cos, sin, positions, half = self._rope_addresses(rope, dim)
         q = torch.empty(tokens, heads.query_heads * dim)
         self._engine.rope_write_kv(
             qkv.data_ptr(),
             self._native_heads(heads),
-            rope.cos.data_ptr(),
-            rope.sin.data_ptr(),
+            cos,
+            sin,
             positions,
             half,
             rope.interleaved,
@@ -230,6 +229,17 @@ class CpuOps:
             self._vectors.clear()
         self._vectors[id(x)] = (weakref.ref(x), size, x.data_ptr())
         return x.data_ptr()
+
+    def _rope_addresses(self, rope: RopeTable, dim: int) -> tuple[int, int, int, int]:
+        """Addresses of cos and sin, positions and pairs. Layers that follow each other mostly share a table: it is looked at once."""
+        if self._rope is not None and self._rope[0] is rope and self._rope[1] == dim:
+            return self._rope[2]
+        positions, half = _matrix("cos", rope.cos)
+        if _matrix("sin", rope.sin) != rope.cos.shape or 2 * half > dim:
+            raise ValueError(f"cos {tuple(rope.cos.shape)} and sin {tuple(rope.sin.shape)} do not fit heads of {dim}")
+        addresses = rope.cos.data_ptr(), rope.sin.data_ptr(), positions, half
+        self._rope = (rope, dim, addresses)
+        return addresses
 
     def _native_heads(self, heads: HeadShape) -> Any:
         native = self._heads.get(heads)
