@@ -1,8 +1,9 @@
 // y = x W^T + b for packed weights.
 //
-// Every output is one chain of fused multiply-adds over the inputs in order, from 0 up, whatever the number of rows and however
-// the work is cut: acc = fma(x[k], w[k], acc), then the bias. That is the whole definition; the two ways below only differ in where
-// weights and sums lie meanwhile.
+// Every output is a sum of chains: chain c runs over inputs 128 c … 128 c + 127 in order, acc = fma(x[k], w[k], acc) from 0, and the
+// chains are added in order, then the bias. (One chain over all inputs would gather rounding errors as K grows.) That is the whole
+// definition, whatever the number of rows and however the work is cut; the two ways below only differ in where weights and sums lie
+// meanwhile.
 //
 //   one row     weights are widened in registers; several panels side by side hide the latency of the chain
 //   more rows   a block of inputs of a panel is widened once into scratch, and read by all rows, up to TALL at a time
@@ -19,6 +20,7 @@ using wide::Floats;
 
 constexpr int TALL = wide::WIDTH == LANES ? 6 : 12;   // rows whose sums stay in registers together
 constexpr int SHORT = wide::WIDTH == LANES ? 2 : 6;   // up to here two panels share a pass, to have enough chains
+constexpr int64_t CHAIN = 128;                        // inputs of a chain; part of the result's definition
 constexpr int64_t DEPTH = 256;                        // inputs of one panel widened at once: 16 KiB of scratch
 constexpr int64_t ROWS = 96;                          // rows that share a widened block; their x stays in the second-level cache
 constexpr int64_t WORTH = 1 << 18;                    // multiply-adds that are worth handing to a thread
@@ -35,54 +37,65 @@ inline void finish(const Linear& w, int64_t panel, const float* sums, float* y) 
 template <int P, class Source>
 void one_row(const Source& source, const float* x, int64_t panel, float* y) {
     const Linear& w = source.w;
-    Floats acc[P][PARTS] = {};
-    const int64_t apart = source.at(panel + 1, 0) - source.at(panel, 0), group = w.group;
+    const int64_t apart = source.at(panel + 1, 0) - source.at(panel, 0);
+    Floats total[P][PARTS] = {};
     auto place = source.at(panel, 0);
-    for (const float *group_end = x, *end = x + w.inputs; x < end;) {
-        typename Source::Group groups[P];
-        for (int p = 0; p < P; p++) groups[p] = source.group(panel + p, (group_end - (end - w.inputs)) / group);
-        for (group_end += group; x < group_end; x += Source::STEP, place += PANEL) {
+    for (int64_t from = 0; from < w.inputs; from += CHAIN) {
+        Floats acc[P][PARTS] = {};
+        for (int64_t k = from, to = std::min(w.inputs, from + CHAIN); k < to;) {
+            const int64_t g = k / w.group, end = std::min(to, (g + 1) * w.group);
+            typename Source::Group groups[P];
+            for (int p = 0; p < P; p++) groups[p] = source.group(panel + p, g);
+            for (; k < end; k += Source::STEP, place += PANEL) {
 #pragma GCC unroll 8
-            for (int p = 0; p < P; p++)
-                Source::each(groups[p], place + p * apart, [&](int step, int part, Floats value) {
-                    acc[p][part] = wide::fma(wide::all(x[step]), value, acc[p][part]);
-                });
+                for (int p = 0; p < P; p++)
+                    Source::each(groups[p], place + p * apart, [&](int step, int part, Floats value) {
+                        acc[p][part] = wide::fma(wide::all(x[k + step]), value, acc[p][part]);
+                    });
+            }
         }
+        for (int p = 0; p < P; p++)
+            for (int part = 0; part < PARTS; part++) total[p][part] += acc[p][part];
     }
     for (int p = 0; p < P; p++) {
         float sums[PANEL];
-        for (int part = 0; part < PARTS; part++) wide::store(sums + part * wide::WIDTH, acc[p][part]);
+        for (int part = 0; part < PARTS; part++) wide::store(sums + part * wide::WIDTH, total[p][part]);
         finish(w, panel + p, sums, y);
     }
 }
 
-// Adds `count` inputs of N rows to their sums, which wait in `sums` [rows, P * PANEL] between blocks of inputs. Scratch holds the
-// weights as [P][count][PANEL].
+// Adds the chains of `count` inputs of N rows to their sums, which wait in `sums` [rows, P * PANEL] between blocks of inputs. Scratch
+// holds the weights as [P][count][PANEL]; count is a multiple of CHAIN, save at the end.
 template <int N, int P>
 void add_rows(const float* scratch, const float* x, int64_t stride, int64_t count, float* sums) {
     constexpr int VECTORS = P * PARTS;
-    Floats acc[N][VECTORS];
-#pragma GCC unroll 16
-    for (int r = 0; r < N; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = wide::load(sums + r * P * PANEL + v * wide::WIDTH);
     const float* second = scratch + count * PANEL;
-    for (int64_t k = 0; k < count; k++) {
-        Floats weights[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-            weights[v] = wide::load((v < PARTS ? scratch : second) + k * PANEL + v % PARTS * wide::WIDTH);
+    for (int64_t from = 0; from < count; from += CHAIN) {
+        Floats acc[N][VECTORS];
 #pragma GCC unroll 16
-        for (int r = 0; r < N; r++) {
-            Floats xk = wide::all(x[r * stride + k]);
+        for (int r = 0; r < N; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) acc[r][v] = wide::fma(xk, weights[v], acc[r][v]);
+            for (int v = 0; v < VECTORS; v++) acc[r][v] = wide::all(0.0f);
+        for (int64_t k = from, to = std::min(count, from + CHAIN); k < to; k++) {
+            Floats weights[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                weights[v] = wide::load((v < PARTS ? scratch : second) + k * PANEL + v % PARTS * wide::WIDTH);
+#pragma GCC unroll 16
+            for (int r = 0; r < N; r++) {
+                Floats xk = wide::all(x[r * stride + k]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) acc[r][v] = wide::fma(xk, weights[v], acc[r][v]);
+            }
         }
-    }
 #pragma GCC unroll 16
-    for (int r = 0; r < N; r++)
+        for (int r = 0; r < N; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) wide::store(sums + r * P * PANEL + v * wide::WIDTH, acc[r][v]);
+            for (int v = 0; v < VECTORS; v++) {
+                float* sum = sums + r * P * PANEL + v * wide::WIDTH;
+                wide::store(sum, wide::load(sum) + acc[r][v]);
+            }
+    }
 }
 
 using AddRows = void (*)(const float*, const float*, int64_t, int64_t, float*);
@@ -94,6 +107,8 @@ constexpr std::array<AddRows, sizeof...(N)> add_rows_table(std::integer_sequence
 
 constexpr auto ONE_PANEL = add_rows_table<1>(std::make_integer_sequence<int, TALL>());
 constexpr auto TWO_PANELS = add_rows_table<2>(std::make_integer_sequence<int, SHORT>());
+
+static_assert(DEPTH / 2 % CHAIN == 0, "blocks of inputs must hold whole chains");
 
 template <int P, class Source>
 void more_rows(const Source& source, const float* x, int64_t rows, int64_t panel, float* y) {
