@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -78,11 +77,11 @@ class CpuOps:
         self._engine = _native.Engine(threads or cores, isa or os.environ.get("HEADRACE_CPU_ISA", ""))
         self._reference = ReferenceOps("cpu")
         self._vectors: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
-        self._pages: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], Any]] = {}
+        self._pages: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor], _native.KV]] = {}
         self._tables: list[tuple[list[weakref.ref[torch.Tensor]], int, Packed]] = []
-        self._batch: tuple[Extents, int, Any] | None = None
+        self._batch: tuple[Extents, int, _native.Batch] | None = None
         self._rope: tuple[RopeTable, int, tuple[int, int, int, int]] | None = None
-        self._heads: dict[HeadShape, Any] = {}
+        self._heads: dict[HeadShape, _native.Heads] = {}
         self.isa: str = self._engine.isa
         self.threads: int = self._engine.threads
 
@@ -241,7 +240,7 @@ class CpuOps:
         self._rope = (rope, dim, addresses)
         return addresses
 
-    def _native_heads(self, heads: HeadShape) -> Any:
+    def _native_heads(self, heads: HeadShape) -> _native.Heads:
         native = self._heads.get(heads)
         if native is None:
             if min(heads.query_heads, heads.kv_heads, heads.dim) < 1 or heads.query_heads % heads.kv_heads:
@@ -249,7 +248,7 @@ class CpuOps:
             native = self._heads[heads] = _native.Heads(heads.query_heads, heads.kv_heads, heads.dim)
         return native
 
-    def _native_pages(self, kv: KVPages, heads: HeadShape) -> Any:
+    def _native_pages(self, kv: KVPages, heads: HeadShape) -> _native.KV:
         keys, values = kv.keys, kv.values
         known = self._pages.get(id(keys))
         if (
@@ -271,7 +270,7 @@ class CpuOps:
         self._pages[id(keys)] = (weakref.ref(keys), weakref.ref(values), native)
         return native
 
-    def _native_batch(self, extents: Extents, tokens: int) -> Any:
+    def _native_batch(self, extents: Extents, tokens: int) -> _native.Batch:
         """All layers of a step share one batch: it is looked at once."""
         if self._batch is not None and self._batch[0] is extents and self._batch[1] == tokens:
             return self._batch[2]
@@ -284,8 +283,8 @@ class CpuOps:
         ):
             if _indices(name, x) != (count,):
                 raise ValueError(f"{name} must have {count} entries, it has {x.shape[0]}")
-        addresses = [x.data_ptr() for x in (extents.positions, extents.slots, extents.query_start, extents.pages)]
-        native = _native.Batch(*addresses, tokens, requests, width)
+        positions, slots, starts, pages = extents.positions, extents.slots, extents.query_start, extents.pages
+        native = _native.Batch(positions.data_ptr(), slots.data_ptr(), starts.data_ptr(), pages.data_ptr(), tokens, requests, width)
         self._batch = (extents, tokens, native)
         return native
 

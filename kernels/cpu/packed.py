@@ -10,7 +10,6 @@ The same packed weight serves `linear` and `embed`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ _INT8, _INT4 = 3, 4
 class Packed:
     """A weight [N, K] in panels, and the tensors that `native` points into."""
 
-    native: Any
+    native: _native.Linear
     outputs: int
     inputs: int
     storage: tuple[torch.Tensor | None, ...]
@@ -38,7 +37,7 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.storage if tensor is not None)
 
 
-def pack(engine: Any, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> Packed:
+def pack(engine: _native.Engine, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> Packed:
     """Several weights of equal K, stacked along N. ValueError where shapes do not fit."""
     if not weights:
         raise ValueError("a linear layer needs at least one weight")
@@ -67,7 +66,7 @@ def pack(engine: Any, weights: Sequence[Weight], bias: torch.Tensor | None = Non
     return Packed(native, outputs, inputs, (values, None, None, bias))
 
 
-def _pack_integers(engine: Any, weights: list[GroupedInt], outputs: int, inputs: int, bias: torch.Tensor | None) -> Packed:
+def _pack_integers(engine: _native.Engine, weights: list[GroupedInt], outputs: int, inputs: int, bias: torch.Tensor | None) -> Packed:
     group, offset = weights[0].group, 0
     scales = [weight.scales for weight in weights]
     minimums = None if weights[0].minimums is None else [weight.minimums for weight in weights if weight.minimums is not None]
@@ -84,9 +83,9 @@ def _pack_integers(engine: Any, weights: list[GroupedInt], outputs: int, inputs:
         engine.pack_nibbles(codes.data_ptr(), outputs, inputs, offset, values.data_ptr())
     else:
         form, offset, values = _INT8, 0, _panels_of(engine, [weight.codes for weight in weights])
-    addresses = [_address(tensor) for tensor in (values, packed_scales, packed_minimums, bias)]
-    native = _native.Linear(form, outputs, inputs, group, offset, halves, *addresses)
-    return Packed(native, outputs, inputs, (values, packed_scales, packed_minimums, bias))
+    storage = values, packed_scales, packed_minimums, bias
+    addresses = values.data_ptr(), _address(packed_scales), _address(packed_minimums), _address(bias)
+    return Packed(_native.Linear(form, outputs, inputs, group, offset, halves, *addresses), outputs, inputs, storage)
 
 
 def _checked(weight: GroupedInt) -> GroupedInt:
@@ -102,11 +101,11 @@ def _checked(weight: GroupedInt) -> GroupedInt:
     return weight
 
 
-def _panels_of(engine: Any, parts: list[torch.Tensor]) -> torch.Tensor:
+def _panels_of(engine: _native.Engine, parts: list[torch.Tensor]) -> torch.Tensor:
     """Tensors [N, X] of one type, stacked: [panels, X, PANEL]."""
     values = _stacked(parts)
     packed = torch.empty(_panels(values.shape[0]), values.shape[1], PANEL, dtype=values.dtype)
-    engine.pack(values.data_ptr(), *values.shape, values.element_size(), packed.data_ptr())
+    engine.pack(values.data_ptr(), values.shape[0], values.shape[1], values.element_size(), packed.data_ptr())
     return packed
 
 
