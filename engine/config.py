@@ -49,9 +49,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_waiting: Annotated[Count, _about("most queued requests; further ones get 429")] = 1024
     tokenizers: Annotated[Annotated[int, Meta(ge=1, le=64)], _about("tokenizer processes")] = 1
     tensor_parallel: Annotated[Count, _about("workers that share each layer of the model")] = 1
-    drain_timeout: Annotated[Annotated[float, Meta(ge=0, le=1e9)], _about("time that running requests get to finish after SIGTERM", "SECONDS")] = (
-        30.0
-    )
+    drain_timeout: Annotated[
+        Annotated[float, Meta(ge=0, le=1e9)], _about("time that running requests get to finish after SIGTERM", "SECONDS")
+    ] = 30.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], _about("least severe messages to log; debug adds traces to errors")
     ] = "info"
