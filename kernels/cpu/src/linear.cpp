@@ -40,18 +40,25 @@ void one_row(const Source& source, const float* x, int64_t panel, float* y) {
     const int64_t apart = source.at(panel + 1, 0) - source.at(panel, 0);
     Floats total[P][PARTS] = {};
     auto place = source.at(panel, 0);
+    int64_t g = 0, left = w.group;  // of the current group: no division, which would cost as much as a dozen inputs
     for (int64_t from = 0; from < w.inputs; from += CHAIN) {
         Floats acc[P][PARTS] = {};
-        for (int64_t k = from, to = std::min(w.inputs, from + CHAIN); k < to;) {
-            const int64_t g = k / w.group, end = std::min(to, (g + 1) * w.group);
+        for (int64_t rest = std::min(CHAIN, w.inputs - from); rest > 0;) {
             typename Source::Group groups[P];
             for (int p = 0; p < P; p++) groups[p] = source.group(panel + p, g);
-            for (; k < end; k += Source::STEP, place += PANEL) {
+            const int64_t count = std::min(rest, left);
+            for (const float* end = x + count; x < end; x += Source::STEP, place += PANEL) {
 #pragma GCC unroll 8
                 for (int p = 0; p < P; p++)
                     Source::each(groups[p], place + p * apart, [&](int step, int part, Floats value) {
-                        acc[p][part] = wide::fma(wide::all(x[k + step]), value, acc[p][part]);
+                        acc[p][part] = wide::fma(wide::all(x[step]), value, acc[p][part]);
                     });
+            }
+            rest -= count;
+            left -= count;
+            if (left == 0) {
+                g++;
+                left = w.group;
             }
         }
         for (int p = 0; p < P; p++)
