@@ -37,12 +37,12 @@ class Keep(logging.Handler):
         warnings.append(record.getMessage())
 logging.getLogger().addHandler(Keep())
 import torch
-from headrace.kernels.select import make_ops
+from headrace.kernels.select import make_backend
 answer = {"torch": torch.__version__, "threads": torch.get_num_threads(), "gpus": []}
 if torch.cuda.is_available():
     answer["gpus"] = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
 try:
-    answer["kernels"] = make_ops(sys.argv[1]).name
+    answer["kernels"] = make_backend(sys.argv[1]).name
 except Exception as error:
     answer["error"] = str(error) or type(error).__name__
 print(json.dumps(answer | {"warnings": warnings}))

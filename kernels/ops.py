@@ -1,52 +1,54 @@
 """The op table: every operation a model or a sampler may use, and nothing else.
 
-A model is written against `Ops` alone. It never touches an activation with torch itself, so that an implementation may run an
-op at once (`kernels.reference`), in native code (`kernels.cpu`), as a GPU kernel, or record it to be replayed.
+A `Backend` is one implementation on one device. It prepares weights when a model is loaded, and compiles the model, a function written
+against `Ops` alone, into a `Program` that is run once a step. A model never touches an activation itself, so that an implementation
+may run an op at once (`kernels.reference`), or record all of them once and replay them natively (`kernels.cpu`) or as a graph of a GPU.
+
+    weights ── Backend.prepare… ──▶ Prepared ─┐
+    model(ops, tokens) ───────────────────────┴─ Backend.compile ──▶ Program ── run(Batch) ──▶ logits ── Backend.sample ──▶ tokens
 
 Two rules bind every implementation:
 
 - **Batch invariance.** A row of a result depends, to the last bit, on its own inputs alone: not on how many rows there are,
   on where it stands among them, or on how a sequence was cut into chunks. Reductions run in an order fixed by K or by the
   KV position.
-- **Accumulation in float32.** Whatever the stored type.
+- **Accumulation in float32** (or exactly, in integers). Whatever the stored type.
 
 Shapes: T tokens of R requests in a flat batch; H hidden size; Hq query heads and Hkv key/value heads of D; V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 
 from headrace.kernels.weights import Weight
 
 Prepared = Any
 """A weight in the form an implementation wants; only the implementation that made it may look inside."""
+Array = Any
+"""An activation, float32 [rows, width], in the form in which an implementation passes it from op to op."""
+Tokens = Any
+"""The tokens of a step, their ids, places and pages: what `embed`, `rope_write_kv` and `attention` must be told."""
+KVPages = Any
+"""The paged keys and values of one layer."""
 
 
 @dataclass(frozen=True, slots=True)
-class KVPages:
-    """The paged keys and values of one layer: each [pages, Hkv, page_size, D]."""
+class Batch:
+    """The tokens of a step. Request r owns rows `query_start[r] … query_start[r + 1] - 1`. All arrays are contiguous int32."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Extents:
-    """Where the tokens of a flat batch belong. Request r owns rows `query_start[r] … query_start[r + 1] - 1`."""
-
-    positions: torch.Tensor
-    """int32 [T]: place of each token in its sequence, from 0."""
-    slots: torch.Tensor
-    """int32 [T]: page * page_size + offset where the token's K and V go."""
-    query_start: torch.Tensor
-    """int32 [R + 1]."""
-    context: torch.Tensor
-    """int32 [R]: tokens of the request whose K and V exist once this batch is written, its own rows included."""
-    pages: torch.Tensor
-    """int32 [R, most pages of a request]: page numbers in sequence order, padded with 0."""
+    ids: np.ndarray
+    """[T]."""
+    positions: np.ndarray
+    """[T]: place of each token in its sequence, from 0."""
+    slots: np.ndarray
+    """[T]: page * page_size + offset where the token's K and V go."""
+    query_start: np.ndarray
+    """[R + 1]."""
+    pages: np.ndarray
+    """[R, most pages of a request]: page numbers in sequence order, padded with 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ class RopeTable:
     (i, i + D_rot/2), as Hugging Face stores them.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: np.ndarray
+    sin: np.ndarray
     interleaved: bool
 
 
@@ -106,43 +108,29 @@ class Sampled:
 
 
 class Ops(Protocol):
-    """One typed function an op. All activations are float32 on the implementation's device."""
+    """One typed function an op, for use inside a model that is being compiled."""
 
-    name: str
-    """"reference", "cpu" or "triton"."""
-
-    def prepare(self, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> Prepared:
-        """A linear layer's weight. Several weights of equal K are stacked along N, so that one call computes them all.
-
-        `bias` is float32 [sum of N]. May copy and repack; may keep a reference to memory-mapped storage.
-        """
+    def embed(self, tokens: Tokens, table: Prepared, scale: float = 1.0) -> Array:
+        """The tokens' rows of the table, times `scale` (rounded once, in float32): [T, H]."""
         ...
 
-    def prepare_table(self, weight: Weight) -> Prepared:
-        """An embedding table [V, H], for `embed`. May share storage with a `prepare` of the same weight (tied embeddings)."""
+    def rmsnorm(self, x: Array, weight: Prepared, eps: float) -> Array:
+        """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv:1910.07467). x [T, H], weight [H]."""
         ...
 
-    def embed(self, ids: torch.Tensor, table: Prepared, scale: float = 1.0) -> torch.Tensor:
-        """Rows `ids` (int32 [T]) of the table, times `scale` (rounded once, in float32): [T, H]."""
-        ...
-
-    def rmsnorm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / sqrt(mean(x²) + eps) * weight over the last dimension (arXiv:1910.07467). x [T, H], weight float32 [H]."""
-        ...
-
-    def add_rmsnorm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rmsnorm(self, x: Array, residual: Array, weight: Prepared, eps: float) -> tuple[Array, Array]:
         """(rmsnorm(residual + x), residual + x), both [T, H]."""
         ...
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def add(self, x: Array, residual: Array) -> Array:
         """residual + x, [T, H]."""
         ...
 
-    def linear(self, x: torch.Tensor, weight: Prepared) -> torch.Tensor:
+    def linear(self, x: Array, weight: Prepared) -> Array:
         """x [T, K] times the prepared [N, K] transposed, plus its bias: [T, N]."""
         ...
 
-    def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    def gated(self, gate_up: Array, activation: str) -> Array:
         """activation(gate) * up, where gate and up are the halves of gate_up [T, 2F]: [T, F].
 
         `activation` is "silu" or "gelu_tanh" (the tanh approximation).
@@ -151,29 +139,21 @@ class Ops(Protocol):
 
     def rope_write_kv(
         self,
-        qkv: torch.Tensor,
+        qkv: Array,
         heads: HeadShape,
-        rope: RopeTable,
-        q_norm: torch.Tensor | None,
-        k_norm: torch.Tensor | None,
+        rope: Prepared,
+        q_norm: Prepared | None,
+        k_norm: Prepared | None,
         eps: float,
         kv: KVPages,
-        extents: Extents,
-    ) -> torch.Tensor:
+        tokens: Tokens,
+    ) -> Array:
         """Split qkv [T, (Hq + 2 Hkv) D] into heads, RMS-normalize q and k where a weight [D] is given, rotate q and k, and
         write k and v to their slots. Returns q [T, Hq * D]. (RoPE: arXiv:2104.09864.)
         """
         ...
 
-    def attention(
-        self,
-        q: torch.Tensor,
-        heads: HeadShape,
-        kv: KVPages,
-        extents: Extents,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attention(self, q: Array, heads: HeadShape, kv: KVPages, tokens: Tokens, scale: float, window: int | None) -> Array:
         """Causal softmax(q k^T * scale) v over the paged K and V of each token's own request: [T, Hq * D].
 
         A token at position p sees positions max(0, p - window + 1) … p, or 0 … p without a window. Query head h reads KV
@@ -181,14 +161,70 @@ class Ops(Protocol):
         """
         ...
 
-    def rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """x[index] for int32 index [B]: [B, H]."""
+
+class Model(Protocol):
+    """What a backend compiles: two functions over `Ops`, without a branch that depends on an activation."""
+
+    def forward(self, ops: Ops, tokens: Tokens, kv: Sequence[KVPages]) -> Array:
+        """The step's tokens to hidden states [T, H]. Writes K and V to their slots, layer by layer."""
         ...
 
-    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
-        """Choose one token for each row of logits [B, V]; see `Sampling` for order and meaning of the parameters."""
+    def logits(self, ops: Ops, hidden: Array) -> Array:
+        """Hidden states [B, H] to logits [B, V]."""
         ...
 
-    def score(self, logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
+
+class Program(Protocol):
+    """A compiled model. Its results stay where they are until its next call."""
+
+    def run(self, batch: Batch, picks: np.ndarray) -> Array:
+        """Compute a step; the logits [B, V] of rows `picks` (int32 [B], perhaps none). ValueError for an index out of bounds."""
+        ...
+
+    def logits(self, picks: np.ndarray) -> Array:
+        """The logits of other rows of the same step."""
+        ...
+
+
+class Backend(Protocol):
+    """One implementation on one device."""
+
+    name: str
+    """"reference", "cpu" or "triton"."""
+
+    def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Prepared:
+        """A linear layer's weight. Several weights of equal K are stacked along N, so that one call computes them all.
+
+        `bias` is float32 [sum of N]. `name` is unique in the model; a backend that keeps what it prepared may know the weight by it
+        and then never ask for it. May keep a reference to memory-mapped storage.
+        """
+        ...
+
+    def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Prepared:
+        """An embedding table [V, H], for `embed`. Shares storage with a `prepare` of the same name (tied embeddings)."""
+        ...
+
+    def prepare_vector(self, values: np.ndarray) -> Prepared:
+        """A norm's weight, float32 [H] or [D]."""
+        ...
+
+    def prepare_rope(self, table: RopeTable) -> Prepared: ...
+
+    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape) -> list[KVPages]:
+        """Room for `pages` pages of `page_size` tokens in each layer, which is filled with zeros."""
+        ...
+
+    def page_bytes(self, layers: int, page_size: int, heads: HeadShape) -> int:
+        """Bytes that one page takes in all layers together."""
+        ...
+
+    def compile(self, model: Model, kv: Sequence[KVPages]) -> Program: ...
+
+    def sample(self, logits: Array, batch: SamplingBatch) -> Sampled:
+        """Choose one token for each row of logits [B, V]. FloatingPointError where a row is invalid; see `Sampling` for order and
+        meaning of the parameters."""
+        ...
+
+    def score(self, logits: Array, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         """For each row of logits [B, V]: log-probability of `tokens[b]`, and the `top` most likely ids with theirs."""
         ...

@@ -1,4 +1,4 @@
-"""Which implementation of the op table serves: the answer to `--kernels`.
+"""Which backend serves: the answer to `--kernels`.
 
 A worker asks once, at its start. Whatever cannot be had is refused by name, save under "auto", which falls back to the reference
 and says so.
@@ -6,9 +6,7 @@ and says so.
 
 import logging
 
-import torch
-
-from headrace.kernels.ops import Ops
+from headrace.kernels.ops import Backend
 
 KINDS = ("auto", "reference", "cpu", "triton")
 
@@ -19,8 +17,9 @@ class KernelsUnavailable(Exception):
     """The kernels asked for cannot run here. The text is one line for the user, with the way out."""
 
 
-def make_ops(kind: str, device: str | torch.device = "cpu", threads: int | None = None) -> Ops:
-    """The ops of `kind` (one of KINDS) on `device`. `threads` bounds the CPU threads of an op; None lets the implementation choose.
+def make_backend(kind: str, device: str = "cpu", threads: int | None = None) -> Backend:
+    """The backend of `kind` (one of KINDS) on `device` ("cpu", "cuda", "cuda:1", …). `threads` bounds the CPU threads of an op; None lets
+    the backend choose.
 
     Raises KernelsUnavailable.
     """
@@ -28,15 +27,12 @@ def make_ops(kind: str, device: str | torch.device = "cpu", threads: int | None 
         raise KernelsUnavailable(f'kernels "{kind}" are not known: choose one of {", ".join(KINDS)}')
     if kind == "triton":
         raise KernelsUnavailable("the Triton kernels are not built yet: choose --kernels auto, reference or cpu")
-    device = torch.device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if kind == "cpu" and device.type != "cpu":
+    if kind == "cpu" and device != "cpu":
         raise KernelsUnavailable(f"the native CPU kernels cannot run on {device}: choose --kernels auto or reference")
-    if kind == "reference" or device.type != "cpu":
-        return _reference(device)
+    if kind == "reference" or device != "cpu":
+        return _reference(device, threads)
     try:
-        from headrace.kernels.cpu import CpuOps
+        from headrace.kernels.cpu import CpuBackend
     except ImportError as reason:
         if kind == "cpu":
             raise KernelsUnavailable(
@@ -44,14 +40,14 @@ def make_ops(kind: str, device: str | torch.device = "cpu", threads: int | None 
                 "or choose --kernels reference"
             ) from None
         log.warning("the native CPU kernels cannot be loaded (%s): serving with the slower reference kernels", reason)
-        return _reference(device)
+        return _reference(device, threads)
     try:
-        return CpuOps(threads)
+        return CpuBackend(threads)
     except ValueError as reason:
         raise KernelsUnavailable(f"the native CPU kernels cannot run: {reason}") from None
 
 
-def _reference(device: torch.device) -> Ops:
-    from headrace.kernels.reference import ReferenceOps
+def _reference(device: str, threads: int | None) -> Backend:
+    from headrace.kernels.reference import ReferenceBackend
 
-    return ReferenceOps(device)
+    return ReferenceBackend(device, threads)

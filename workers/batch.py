@@ -5,31 +5,18 @@ ids      a₅ a₆ a₇       b₉            c₀ c₁
 slots    page * page_size + offset for each token, from the sequence's page table
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-import torch
 
 from headrace.engine.ledger.ledger import Row
-from headrace.kernels.ops import Extents
+from headrace.kernels.ops import Batch
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    ids: torch.Tensor
-    """int32 [T]."""
-    extents: Extents
-    starts: list[int]
-    """For each row the place of its first token in the flat arrays."""
-
-
-def build_batch(rows: list[Row], page_size: int, device: torch.device) -> Batch:
-    """The flat arrays of `rows`, on `device`."""
+def build_batch(rows: list[Row], page_size: int) -> tuple[Batch, list[int]]:
+    """The flat arrays of `rows`, and for each row the place of its first token in them."""
     total = sum(row.length for row in rows)
     ids = np.empty(total, np.int32)
     positions = np.empty(total, np.int32)
     slots = np.empty(total, np.int32)
-    context = np.empty(len(rows), np.int32)
     pages = np.zeros((len(rows), max(len(row.sequence.pages) for row in rows)), np.int32)
     starts = []
     at = 0
@@ -38,7 +25,6 @@ def build_batch(rows: list[Row], page_size: int, device: torch.device) -> Batch:
         starts.append(at)
         table = pages[index]
         table[: len(sequence.pages)] = sequence.pages
-        context[index] = start + length
         if length == 1:
             ids[at] = sequence.tokens[start]
             positions[at] = start
@@ -49,10 +35,4 @@ def build_batch(rows: list[Row], page_size: int, device: torch.device) -> Batch:
             positions[at : at + length] = places
             slots[at : at + length] = table[places // page_size] * page_size + places % page_size
         at += length
-    query_start = np.array([*starts, total], np.int32)
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    extents = Extents(tensor(positions), tensor(slots), tensor(query_start), tensor(context), tensor(pages))
-    return Batch(tensor(ids), extents, starts)
+    return Batch(ids, positions, slots, np.array([*starts, total], np.int32), pages), starts

@@ -1,15 +1,16 @@
 """The runner with a model: weights, KV pages and kernels of one rank, and what a step makes of them.
 
-    rows ─▶ Batch ─▶ Decoder.forward ─▶ hidden ─┬─▶ rows that emit ──────▶ logits ─▶ sample ─▶ tokens
-                                                └─▶ rows of scored prompts ─▶ logits ─▶ score ─▶ prompt logprobs
+    rows ─▶ Batch ─▶ Program.run ─▶ hidden ─┬─▶ rows that emit ─────────▶ logits ─▶ sample ─▶ tokens
+                                            └─▶ rows of scored prompts ─▶ logits ─▶ score ──▶ prompt logprobs
 
 Run as `python -m headrace.workers.runner`, one process a rank.
 """
 
+import math
 import os
 import time
 
-import torch
+import numpy as np
 
 from headrace.engine.errors import UserError
 from headrace.engine.ledger.ledger import Row
@@ -19,12 +20,11 @@ from headrace.engine.messages.steps import ToWorker
 from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
 from headrace.engine.process import Process, main
 from headrace.engine.sizes import parse_size
-from headrace.kernels.ops import SamplingBatch
-from headrace.kernels.select import KernelsUnavailable, make_ops
+from headrace.kernels.ops import Array, Backend, SamplingBatch
+from headrace.kernels.select import KernelsUnavailable, make_backend
 from headrace.workers.batch import build_batch
 from headrace.workers.loader import open_checkpoint
-from headrace.workers.model.config import DecoderConfig
-from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.families import describe
 from headrace.workers.worker import Outcome, Worker, rank_of
 
@@ -38,38 +38,33 @@ SCORED_ROWS = 64
 class ModelRunner:
     """Computes rows with a decoder. Memory for pages is claimed from the system only when they are first written."""
 
-    def __init__(self, decoder: Decoder, pages: int, page_size: int) -> None:
+    def __init__(self, decoder: Decoder, backend: Backend, pages: int, page_size: int) -> None:
         self.pages = pages
         self.page_size = page_size
-        self._decoder = decoder
-        self._ops = decoder.ops
-        self._kv = decoder.new_kv(pages, page_size)
+        self._backend = backend
+        kv = backend.new_kv(len(decoder.layers), pages, page_size, decoder.heads)
+        self._program = backend.compile(decoder, kv)
 
-    @torch.inference_mode()
     def step(self, rows: list[Row]) -> Outcome:
         """See `Runner.step`."""
         begun = time.perf_counter_ns()
-        batch = build_batch(rows, self.page_size, self._decoder.device)
-        prepared = time.perf_counter_ns()
-        hidden = self._decoder.forward(batch.ids, batch.extents, self._kv)
+        batch, starts = build_batch(rows, self.page_size)
         emitting = [row for row in rows if row.emits]
-        logits = None
-        if emitting:
-            last = [start + row.length - 1 for start, row in zip(batch.starts, rows, strict=True) if row.emits]
-            logits = self._decoder.logits(self._ops.rows(hidden, torch.tensor(last, dtype=torch.int32)))
+        last = [start + row.length - 1 for start, row in zip(starts, rows, strict=True) if row.emits]
+        prepared = time.perf_counter_ns()
+        logits = self._program.run(batch, np.array(last, np.int32))
         forwarded = time.perf_counter_ns()
         outcome = Outcome([])
-        if logits is not None:
+        if emitting:
             self._sample(logits, [row.sequence for row in emitting], outcome)
-        for start, row in zip(batch.starts, rows, strict=True):
+        for start, row in zip(starts, rows, strict=True):
             if row.sequence.sampling.prompt_logprobs is not None:
-                self._score_prompt(hidden, start, row, outcome)
+                self._score_prompt(start, row, outcome)
         outcome.prepare_ns = prepared - begun
         outcome.forward_ns = forwarded - prepared
         outcome.sample_ns = time.perf_counter_ns() - forwarded
         return outcome
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Run a few tokens through page 0, so that the first request does not pay for what is set up on first use."""
         for length in (1, 2 * self.page_size):
@@ -77,10 +72,10 @@ class ModelRunner:
             sequence.pages = [min(page, self.pages - 1) for page in range(2)]
             self.step([Row(sequence, 0, length, emits=True)])
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence], outcome: Outcome) -> None:
+    def _sample(self, logits: Array, sequences: list[Sequence], outcome: Outcome) -> None:
         """Choose a token for each row of logits, None where they are invalid."""
         try:
-            sampled = self._ops.sample(logits, sampling_batch(sequences))
+            sampled = self._backend.sample(logits, sampling_batch(sequences))
         except FloatingPointError:
             if len(sequences) == 1:
                 outcome.tokens.append(None)
@@ -94,20 +89,19 @@ class ModelRunner:
                 logprob, top, top_logprobs = scores
                 outcome.logprobs.append(TokenLogprobs(sequence.request, sequence.emitted, logprob, tuple(top), tuple(top_logprobs)))
 
-    def _score_prompt(self, hidden: torch.Tensor, at: int, row: Row, outcome: Outcome) -> None:
+    def _score_prompt(self, at: int, row: Row, outcome: Outcome) -> None:
         """Score the prompt tokens that the positions of `row` predict."""
         sequence = row.sequence
         stop = min(row.start + row.length, sequence.prompt - 1)
         for first in range(row.start, stop, SCORED_ROWS):
             count = min(SCORED_ROWS, stop - first)
             offset = at + first - row.start
-            index = torch.arange(offset, offset + count, dtype=torch.int32)
-            logits = self._decoder.logits(self._ops.rows(hidden, index))
+            logits = self._program.logits(np.arange(offset, offset + count, dtype=np.int32))
             following = sequence.tokens[first + 1 : first + 1 + count]
             try:
-                scores = self._ops.score(logits, following, sequence.sampling.prompt_logprobs or 0)
+                scores = self._backend.score(logits, following, sequence.sampling.prompt_logprobs or 0)
             except FloatingPointError:
-                scores = [(-torch.inf, [], [])] * count
+                scores = [(-math.inf, [], [])] * count
             outcome.prompt_logprobs.append(
                 PromptLogprobs(
                     sequence.request,
@@ -145,9 +139,8 @@ def _penalizes(sequence: Sequence) -> bool:
     return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
-def page_count(config: DecoderConfig, page_size: int, kv_memory: str | None) -> int:
+def page_count(page_bytes: int, kv_memory: str | None) -> int:
     """How many KV pages to have. `UserError` when not even one page fits."""
-    page_bytes = 2 * 4 * len(config.layers) * config.kv_heads * config.head_dim * page_size
     if kv_memory is None:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         wanted = min(free // 4, MOST_KV_BYTES)
@@ -163,20 +156,17 @@ async def build(process: Process) -> Worker:
     """Load the model and warm it up."""
     config, model = process.config, process.model
     try:
-        ops = make_ops(config.kernels, threads=config.threads)
+        backend = make_backend(config.kernels, threads=config.threads)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
-    if ops.name == "cpu":
-        # The native kernels have threads of their own; torch's would only stand in their way.
-        torch.set_num_threads(1)
     checkpoint = open_checkpoint(model)
     described, names = describe(model.architecture, checkpoint)
     # Before the weights, so that too little memory is told at once.
-    pages = page_count(described, config.page_size, config.kv_memory)
-    decoder = Decoder(described, names, checkpoint, ops, model.context)
-    runner = ModelRunner(decoder, pages, config.page_size)
+    pages = page_count(backend.page_bytes(len(described.layers), config.page_size, head_shape(described)), config.kv_memory)
+    decoder = Decoder(described, names, checkpoint, backend, model.context)
+    runner = ModelRunner(decoder, backend, pages, config.page_size)
     runner.warm_up()
-    process.detail = f"{ops.name} kernels, {pages} pages of {config.page_size} tokens"
+    process.detail = f"{backend.name} kernels, {pages} pages of {config.page_size} tokens"
     return Worker(process, rank_of(process.name), runner)
 
 

@@ -52,7 +52,7 @@ def pack(engine: _native.Engine, weights: Sequence[Weight], bias: torch.Tensor |
     if bias is not None:
         if bias.shape != (outputs,):
             raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs")
-        bias = bias.float().contiguous()
+        bias = torch.tensor(bias, dtype=torch.float32)
     integers = [_checked(weight) for weight in weights if isinstance(weight, GroupedInt)]
     if len(integers) == len(weights) and len({(one.group, one.minimums is None) for one in integers}) == 1:
         return _pack_integers(engine, integers, outputs, inputs, bias)

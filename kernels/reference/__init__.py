@@ -1,40 +1,60 @@
-"""The reference implementation of the op table: plain torch, one file an op, on any device torch has.
+"""The reference backend: plain torch, one file an op, on any device torch has.
 
 It is the oracle that the native and the GPU kernels are compared with, and the path that serves where they cannot. It is
-batch-invariant by construction: `tiles.py` says how for matrix products, `exact.py` for everything else.
+batch-invariant by construction: `tiles.py` says how for matrix products, `exact.py` for everything else. A compiled model is the model
+itself: every op runs at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
-from headrace.kernels.ops import Extents, HeadShape, KVPages, RopeTable, Sampled, SamplingBatch
+from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable, Sampled, SamplingBatch
 from headrace.kernels.reference import sampling
 from headrace.kernels.reference.attention import attention
-from headrace.kernels.reference.embed import embed, rows
+from headrace.kernels.reference.embed import Table, embed
 from headrace.kernels.reference.gated import gated
 from headrace.kernels.reference.linear import PreparedLinear, linear, prepare
 from headrace.kernels.reference.norm import rmsnorm
-from headrace.kernels.reference.rope import rope_write_kv
+from headrace.kernels.reference.rope import Rope, rope_write_kv
+from headrace.kernels.reference.step import KVPages, StepTokens
 from headrace.kernels.weights import Weight
 
 
-class ReferenceOps:
-    """`headrace.kernels.ops.Ops`, whose docstrings hold here. Its weights and results live on `device`."""
+class ReferenceBackend:
+    """`headrace.kernels.ops.Backend`, whose docstrings hold here, and its `Ops` in one. Weights and results live on `device`."""
 
     name = "reference"
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
         self.device = torch.device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
-    def prepare(self, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> PreparedLinear:
-        return prepare(weights, bias, self.device)
+    def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> PreparedLinear:
+        return prepare(weights(), bias, self.device)
 
-    def prepare_table(self, weight: Weight) -> Weight:
-        return weight.to(self.device)
+    def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Table:
+        return Table(weight(), self.device)
 
-    def embed(self, ids: torch.Tensor, table: Weight, scale: float = 1.0) -> torch.Tensor:
-        return embed(ids, table, scale)
+    def prepare_vector(self, values: np.ndarray) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def prepare_rope(self, table: RopeTable) -> Rope:
+        return Rope(torch.tensor(table.cos, device=self.device), torch.tensor(table.sin, device=self.device), table.interleaved)
+
+    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape) -> list[KVPages]:
+        return [KVPages.new(pages, page_size, heads, self.device) for _ in range(layers)]
+
+    def page_bytes(self, layers: int, page_size: int, heads: HeadShape) -> int:
+        return 2 * 4 * layers * heads.kv_heads * heads.dim * page_size
+
+    def compile(self, model: Model, kv: Sequence[KVPages]) -> "ReferenceProgram":
+        return ReferenceProgram(self, model, kv)
+
+    def embed(self, tokens: StepTokens, table: Table, scale: float = 1.0) -> torch.Tensor:
+        return embed(tokens.ids, table, scale)
 
     def rmsnorm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rmsnorm(x, weight, eps)
@@ -56,23 +76,41 @@ class ReferenceOps:
         self,
         qkv: torch.Tensor,
         heads: HeadShape,
-        rope: RopeTable,
+        rope: Rope,
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
         eps: float,
         kv: KVPages,
-        extents: Extents,
+        tokens: StepTokens,
     ) -> torch.Tensor:
-        return rope_write_kv(qkv, heads, rope, q_norm, k_norm, eps, kv, extents)
+        return rope_write_kv(qkv, heads, rope, q_norm, k_norm, eps, kv, tokens)
 
-    def attention(self, q: torch.Tensor, heads: HeadShape, kv: KVPages, extents: Extents, scale: float, window: int | None) -> torch.Tensor:
-        return attention(q, heads, kv, extents, scale, window)
-
-    def rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return rows(x, index)
+    def attention(
+        self, q: torch.Tensor, heads: HeadShape, kv: KVPages, tokens: StepTokens, scale: float, window: int | None
+    ) -> torch.Tensor:
+        return attention(q, heads, kv, tokens, scale, window)
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
         return sampling.sample(logits, batch)
 
     def score(self, logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         return sampling.score(logits, tokens, top)
+
+
+class ReferenceProgram:
+    """`headrace.kernels.ops.Program`: the model, called step by step."""
+
+    def __init__(self, backend: ReferenceBackend, model: Model, kv: Sequence[KVPages]) -> None:
+        self._backend, self._model, self._kv = backend, model, kv
+        self._hidden: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, picks: np.ndarray) -> torch.Tensor:
+        self._hidden = self._model.forward(self._backend, StepTokens.of(batch, self._backend.device), self._kv)
+        return self.logits(picks)
+
+    @torch.inference_mode()
+    def logits(self, picks: np.ndarray) -> torch.Tensor:
+        assert self._hidden is not None, "a step comes before its logits"
+        rows = self._hidden.index_select(0, torch.from_numpy(picks).to(self._backend.device))
+        return self._model.logits(self._backend, rows)

@@ -9,12 +9,14 @@ share its tile.
 """
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from headrace.kernels.ops import Extents, HeadShape, KVPages
+from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference.exact import exp, row_sum
+from headrace.kernels.reference.step import KVPages, StepTokens
 from headrace.kernels.reference.tiles import pad_last, tiles_of, trusted_tiles
 
 SPLIT = 128
@@ -24,17 +26,18 @@ _NOTHING = -1e30
 """Running maximum of a row that has seen no position yet: finite, so that no difference of infinities arises."""
 
 
-def attention(q: torch.Tensor, heads: HeadShape, kv: KVPages, extents: Extents, scale: float, window: int | None) -> torch.Tensor:
+def attention(q: torch.Tensor, heads: HeadShape, kv: KVPages, tokens: StepTokens, scale: float, window: int | None) -> torch.Tensor:
     """softmax(q k^T * scale) v for q [T, Hq * D]: [T, Hq * D]."""
     out = torch.empty_like(q)
-    starts = extents.query_start.tolist()
-    for request, context in enumerate(extents.context.tolist()):
-        mine = slice(starts[request], starts[request + 1])
-        if mine.stop == mine.start:
+    starts = tokens.query_start.tolist()
+    for request, (begin, end) in enumerate(pairwise(starts)):
+        if begin == end:
             continue
-        keys = _gather(kv.keys, extents.pages[request], context)
-        values = _gather(kv.values, extents.pages[request], context)
-        out[mine] = _one_request(q[mine], heads, keys, values, extents.positions[mine], scale, window)
+        positions = tokens.positions[begin:end]
+        context = int(positions[-1]) + 1
+        keys = _gather(kv.keys, tokens.pages[request], context)
+        values = _gather(kv.values, tokens.pages[request], context)
+        out[begin:end] = _one_request(q[begin:end], heads, keys, values, positions, scale, window)
     return out
 
 

@@ -1,16 +1,21 @@
-"""Rows by number: of an embedding table, dequantized as they are looked up, or of activations."""
+"""Rows of an embedding table by number, dequantized as they are looked up."""
+
+from dataclasses import dataclass
 
 import torch
 
 from headrace.kernels.weights import Weight
 
 
-def embed(ids: torch.Tensor, table: Weight, scale: float) -> torch.Tensor:
-    """Rows `ids` (int32 [T]) of the table [V, H], times `scale`: float32 [T, H]."""
-    values = table.take(ids).dequantize()
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table [V, H] as it is stored, whose rows go to `device`."""
+
+    weight: Weight
+    device: torch.device
+
+
+def embed(ids: torch.Tensor, table: Table, scale: float) -> torch.Tensor:
+    """Rows `ids` (int32 [T]) of the table, times `scale`: float32 [T, H]."""
+    values = table.weight.take(ids).dequantize().to(table.device)
     return values if scale == 1.0 else values * scale
-
-
-def rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[index] for int32 index [B]: [B, H]."""
-    return x.index_select(0, index)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from headrace.kernels.reference.tiles import ALIGN, pad_last, padded, product, trusted_tiles
@@ -22,7 +23,7 @@ class PreparedLinear:
     tiles: tuple[int, ...]
 
 
-def prepare(weights: Sequence[Weight], bias: torch.Tensor | None, device: torch.device) -> PreparedLinear:
+def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device) -> PreparedLinear:
     """Stack the weights along N in float32. A single aligned float32 weight on the same device is shared, not copied."""
     inputs = weights[0].shape[1]
     for weight in weights:
@@ -38,8 +39,8 @@ def prepare(weights: Sequence[Weight], bias: torch.Tensor | None, device: torch.
         matrix[:, inputs:] = 0
         for weight, rows in zip(weights, matrix[:outputs, :inputs].split([weight.shape[0] for weight in weights]), strict=True):
             weight.to(device).dequantize(rows)
-    bias = None if bias is None else bias.float().to(device)
-    return PreparedLinear(matrix.t(), bias, outputs, trusted_tiles(matrix.t()))
+    offsets = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=device)
+    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()))
 
 
 def _shared(weights: Sequence[Weight], device: torch.device) -> torch.Tensor | None:

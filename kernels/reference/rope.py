@@ -1,9 +1,21 @@
 """Rotary positions (arXiv:2104.09864), optional norms of q and k, and the write of k and v to their pages."""
 
+from dataclasses import dataclass
+
 import torch
 
-from headrace.kernels.ops import Extents, HeadShape, KVPages, RopeTable
+from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference.norm import rmsnorm
+from headrace.kernels.reference.step import KVPages, StepTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """`headrace.kernels.ops.RopeTable` on a device."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -22,26 +34,26 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 def rope_write_kv(
     qkv: torch.Tensor,
     heads: HeadShape,
-    rope: RopeTable,
+    rope: Rope,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
     kv: KVPages,
-    extents: Extents,
+    tokens: StepTokens,
 ) -> torch.Tensor:
     """Returns q [T, Hq * D], normalized and rotated; k and v go to their slots."""
-    tokens = qkv.shape[0]
+    count = qkv.shape[0]
     shares = (heads.query_heads, heads.kv_heads, heads.kv_heads)
-    q, k, v = qkv.view(tokens, sum(shares), heads.dim).split(shares, dim=1)
+    q, k, v = qkv.view(count, sum(shares), heads.dim).split(shares, dim=1)
     if q_norm is not None:
         q = rmsnorm(q, q_norm, eps)
     if k_norm is not None:
         k = rmsnorm(k, k_norm, eps)
-    cos = rope.cos.index_select(0, extents.positions).unsqueeze(1)
-    sin = rope.sin.index_select(0, extents.positions).unsqueeze(1)
+    cos = rope.cos.index_select(0, tokens.positions).unsqueeze(1)
+    sin = rope.sin.index_select(0, tokens.positions).unsqueeze(1)
     page_size = kv.keys.shape[2]
-    slots = extents.slots.long()
+    slots = tokens.slots.long()
     pages, offsets = slots // page_size, slots % page_size
     kv.keys[pages, :, offsets] = rotate(k, cos, sin, rope.interleaved).to(kv.keys.dtype)
     kv.values[pages, :, offsets] = v.to(kv.values.dtype)
-    return rotate(q, cos, sin, rope.interleaved).reshape(tokens, heads.query_heads * heads.dim)
+    return rotate(q, cos, sin, rope.interleaved).reshape(count, heads.query_heads * heads.dim)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.ops import Extents, HeadShape, KVPages
+from headrace.kernels.ops import Batch, HeadShape
+from headrace.kernels.reference.step import KVPages, StepTokens
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -13,6 +14,23 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def int32(values: list) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Where the tokens of a flat batch belong: `headrace.kernels.ops.Batch` without ids, as tensors."""
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_start: torch.Tensor
+    pages: torch.Tensor
+
+    def tokens(self) -> StepTokens:
+        return StepTokens(torch.zeros_like(self.positions), self.positions, self.slots, self.query_start, self.pages)
+
+    def batch(self) -> Batch:
+        arrays = (self.positions, self.slots, self.query_start, self.pages)
+        return Batch(torch.zeros_like(self.positions).numpy(), *(array.numpy() for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -35,9 +53,9 @@ class Paged:
         e = self.extents
         begin = int(e.query_start[request])
         rows = slice(begin + first, begin + last)
-        context = e.positions[rows.stop - 1 : rows.stop] + 1
-        pages = e.pages[request : request + 1, : -(-int(context) // self.kv.keys.shape[2])]
-        extents = Extents(e.positions[rows].clone(), e.slots[rows].clone(), int32([0, last - first]), context, pages.contiguous())
+        context = int(e.positions[rows.stop - 1]) + 1
+        pages = e.pages[request : request + 1, : -(-context // self.kv.keys.shape[2])]
+        extents = Extents(e.positions[rows].clone(), e.slots[rows].clone(), int32([0, last - first]), pages.contiguous())
         return rows, Paged(self.heads, self.kv, extents)
 
     def empty(self) -> KVPages:
@@ -62,4 +80,4 @@ def paged(heads: HeadShape, page_size: int, contexts: list[int], fresh: list[int
         positions += places[context - new :].tolist()
         slots += (pages * page_size + offsets)[context - new :].tolist()
         starts.append(len(positions))
-    return Paged(heads, kv, Extents(int32(positions), int32(slots), int32(starts), int32(contexts), table))
+    return Paged(heads, kv, Extents(int32(positions), int32(slots), int32(starts), table))

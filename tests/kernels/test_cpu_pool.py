@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from headrace.kernels.weights import Dense
+from tests.kernels.eager import NativeOps
 from tests.kernels.paged import random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
@@ -24,7 +25,7 @@ def native_threads() -> int:
 
 
 def test_thousands_of_tiny_jobs_each_end_with_their_result():
-    ops = cpu.CpuOps(MANY)
+    ops = NativeOps(MANY)
     packed = ops.prepare([WEIGHT])
     expected = [ops.linear(X[row : row + 1] * (row + 1), packed) for row in range(5)]
     for turn in range(4000):
@@ -36,7 +37,7 @@ def test_no_thread_outlives_its_engine():
     gc.collect()
     before = native_threads()
     for turn in range(100):
-        ops = cpu.CpuOps(1 + turn % MANY)
+        ops = NativeOps(1 + turn % MANY)
         if turn % 3:  # some go without having worked at all
             ops.linear(X, ops.prepare([WEIGHT]))
         assert native_threads() == before + turn % MANY
@@ -45,7 +46,7 @@ def test_no_thread_outlives_its_engine():
 
 
 def test_engines_side_by_side_do_not_mix_their_jobs():
-    engines = [cpu.CpuOps(2) for _ in range(6)]
+    engines = [NativeOps(2) for _ in range(6)]
     packed = [ops.prepare([Dense(WEIGHT.values * n)]) for n, ops in enumerate(engines)]
     expected = engines[0].linear(X, engines[0].prepare([WEIGHT]))
     for _ in range(100):
@@ -54,7 +55,7 @@ def test_engines_side_by_side_do_not_mix_their_jobs():
 
 
 def test_threads_of_python_may_share_an_engine():
-    ops = cpu.CpuOps(MANY)
+    ops = NativeOps(MANY)
     packed = ops.prepare([WEIGHT])
     expected = [ops.linear(X * n, packed) for n in range(4)]
     wrong: list[int] = []
@@ -74,7 +75,7 @@ def test_threads_of_python_may_share_an_engine():
 
 def test_python_goes_on_while_an_op_computes():
     """The GIL is released: another thread can count, and the op ends as if nothing had been."""
-    ops = cpu.CpuOps(1)
+    ops = NativeOps(1)
     packed = ops.prepare([Dense(random(2048, 512))])
     x = random(256, 512)
     started, done, counted = threading.Event(), threading.Event(), 0

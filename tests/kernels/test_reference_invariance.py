@@ -5,10 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.kernels.ops import Extents, HeadShape, KVPages
-from headrace.kernels.reference import ReferenceOps, tiles
+from headrace.kernels.ops import HeadShape
+from headrace.kernels.reference import tiles
 from headrace.kernels.reference.attention import SPLIT
+from headrace.kernels.reference.step import KVPages
 from headrace.kernels.weights import Dense
+from tests.kernels.eager import ReferenceOps
+from tests.kernels.paged import Extents
 
 OPS = ReferenceOps()
 
@@ -97,7 +100,7 @@ CONTEXT = 2 * SPLIT + 60
 def attend(q: torch.Tensor, kv: KVPages, pages: list[int], first: int, window: int | None) -> torch.Tensor:
     """Rows of one request whose positions start at `first`."""
     positions = list(range(first, first + len(q)))
-    extents = Extents(int32(positions), int32(positions), int32([0, len(q)]), int32([first + len(q)]), int32([pages]))
+    extents = Extents(int32(positions), int32(positions), int32([0, len(q)]), int32([pages]))
     return OPS.attention(q, HEADS, kv, extents, 0.2, window)
 
 
@@ -123,10 +126,9 @@ def test_requests_of_a_batch_and_their_pages_leave_each_other_alone():
     q = random(30, HEADS.query_heads * HEADS.dim, seed=2)
     alone = attend(q, kv, list(range(20)), CONTEXT - 30, None)
     assert torch.equal(attend(q, moved, elsewhere, CONTEXT - 30, None), alone)
-    ends = [3, 200, CONTEXT, 17]
     positions = [*range(3), 199, *range(CONTEXT - 30, CONTEXT), *range(17)]
     extents = Extents(
-        int32(positions), int32(positions), int32([0, 3, 4, 34, 51]), int32(ends), int32([elsewhere, elsewhere, list(range(20)), elsewhere])
+        int32(positions), int32(positions), int32([0, 3, 4, 34, 51]), int32([elsewhere, elsewhere, list(range(20)), elsewhere])
     )
     batch = torch.cat((random(4, q.shape[1], seed=8), q, random(17, q.shape[1], seed=9)))
     assert torch.equal(OPS.attention(batch, HEADS, kv, extents, 0.2, None)[4:34], alone)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from headrace.kernels.ops import Extents, HeadShape, KVPages, RopeTable
-from headrace.kernels.reference import ReferenceOps
+from headrace.kernels.ops import HeadShape, RopeTable
 from headrace.kernels.reference.exact import exp, row_sum
+from headrace.kernels.reference.step import KVPages
 from headrace.kernels.weights import Dense, GroupedInt
+from tests.kernels.eager import ReferenceOps
+from tests.kernels.paged import Extents
 
 OPS = ReferenceOps()
 
@@ -98,11 +100,6 @@ def test_gated_activations():
         OPS.gated(x, "relu")
 
 
-def test_rows_picks_rows():
-    x = random(6, 8)
-    assert torch.equal(OPS.rows(x, int32(5, 0)), x[[5, 0]])
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotated", [16, 12])
 def test_rope_turns_each_pair_and_writes_k_and_v_to_their_slots(interleaved, rotated):
@@ -112,7 +109,7 @@ def test_rope_turns_each_pair_and_writes_k_and_v_to_their_slots(interleaved, rot
     table = RopeTable(angles.cos(), angles.sin(), interleaved)
     qkv, q_norm, k_norm = random(tokens, 8 * 16), random(16, seed=1), random(16, seed=2)
     kv = KVPages(torch.zeros(5, 2, 8, 16), torch.zeros(5, 2, 8, 16))
-    extents = Extents(int32(0, 7, 39), int32(9, 39, 16), int32(0, 3), int32(40), int32(0))
+    extents = Extents(int32(0, 7, 39), int32(9, 39, 16), int32(0, 3), int32(0).view(1, 1))
     q = OPS.rope_write_kv(qkv, heads, table, q_norm, k_norm, 1e-6, kv, extents).view(tokens, 4, 16)
 
     def expected(x: torch.Tensor, weight: torch.Tensor, position: int) -> torch.Tensor:
@@ -150,7 +147,7 @@ def test_attention_sees_its_own_request_up_to_itself_and_no_further_back_than_th
             kv.values[table[r, p // page_size], :, p % page_size] = values[r][p]
     positions = [p for n, f in zip(lengths, fresh, strict=True) for p in range(n - f, n)]
     q = random(sum(fresh), 6 * dim, seed=7)
-    extents = Extents(int32(*positions), int32(*positions), int32(0, 150, 151, 158), int32(*lengths), table)
+    extents = Extents(int32(*positions), int32(*positions), int32(0, 150, 151, 158), table)
     out = OPS.attention(q, heads, kv, extents, 0.3, window).view(-1, 6, dim)
     owner = [r for r, f in enumerate(fresh) for _ in range(f)]
     for row, (r, p) in enumerate(zip(owner, positions, strict=True)):

@@ -3,17 +3,17 @@
     ids ─embed─▶ x ─┬─norm─qkv─rope─attention─o─(norm)─▶ + ─┬─norm─gate·up─down─(norm)─▶ + ─ … ─norm─▶ hidden ─head─▶ logits
                     └───────────────────────────────────────┘ residual
 
-The worker builds it once, and calls `forward` for each step with the step's flat batch and `logits` for the rows that need them.
-It never touches an activation itself, so that the ops may run at once, natively, on a GPU, or be recorded and replayed.
+The worker builds it once and lets the backend compile it. It never touches an activation itself, so that the ops may run at once, on a
+GPU, or be recorded and replayed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from headrace.engine.errors import UserError
-from headrace.kernels.ops import Extents, HeadShape, KVPages, Ops, Prepared, RopeTable
+from headrace.kernels.ops import Array, Backend, HeadShape, KVPages, Ops, Prepared, Tokens
 from headrace.workers.loader import Checkpoint
 from headrace.workers.model.config import DecoderConfig, WeightNames
 from headrace.workers.model.families import describe
@@ -25,118 +25,101 @@ from headrace.workers.model.rope import rope_table
 class Layer:
     """What one block needs, in the form its ops want it."""
 
-    attention_norm: torch.Tensor
+    attention_norm: Prepared
     qkv: Prepared
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    rope: RopeTable
+    q_norm: Prepared | None
+    k_norm: Prepared | None
+    rope: Prepared
     window: int | None
     output: Prepared
-    post_attention_norm: torch.Tensor | None
-    mlp_norm: torch.Tensor
+    post_attention_norm: Prepared | None
+    mlp_norm: Prepared
     gate_up: Prepared
     down: Prepared
-    post_mlp_norm: torch.Tensor | None
+    post_mlp_norm: Prepared | None
 
 
 class Decoder:
-    """A loaded model on one device, for texts of at most `context` tokens."""
+    """A loaded model, prepared by one backend, for texts of at most `context` tokens. It is a `headrace.kernels.ops.Model`."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        names: WeightNames,
-        checkpoint: Checkpoint,
-        ops: Ops,
-        context: int,
-        device: str | torch.device = "cpu",
-    ) -> None:
+    def __init__(self, config: DecoderConfig, names: WeightNames, checkpoint: Checkpoint, backend: Backend, context: int) -> None:
         """Prepares every weight. Raises UserError for a tensor that is missing or of the wrong shape, or a context beyond the model's."""
         if not 1 <= context <= config.context:
             raise UserError(f"a context of {context} tokens cannot be served: the model was made for 1 to {config.context}")
-        self.config, self.ops, self.context, self.device = config, ops, context, torch.device(device)
-        self.heads = HeadShape(config.heads, config.kv_heads, config.head_dim)
-        load = _Loading(config, names, checkpoint, ops, self.device)
+        self.config, self.context = config, context
+        self.heads = head_shape(config)
+        load = _Loading(config, names, checkpoint, backend)
         self.embedding = load.table()
         self.head = load.head()
         self.final_norm = load.norm(names.final_norm, config.hidden)
-        tables: dict[int, RopeTable] = {}
+        tables: dict[int, Prepared] = {}
         for layer in config.layers:
             if id(layer.rope) not in tables:
-                tables[id(layer.rope)] = rope_table(layer.rope, context, self.device)
+                tables[id(layer.rope)] = backend.prepare_rope(rope_table(layer.rope, context))
         self.layers = [load.layer(index, tables[id(layer.rope)]) for index, layer in enumerate(config.layers)]
 
-    def new_kv(self, pages: int, page_size: int) -> list[KVPages]:
-        """Room for `pages` pages of `page_size` tokens in every layer, float32, filled with zeros.
-
-        On a CPU the system hands the memory out when a page is first written, so that unused room costs nothing.
-        """
-        shape = (pages, self.config.kv_heads, page_size, self.config.head_dim)
-
-        def room() -> torch.Tensor:
-            if self.device.type == "cpu":
-                return torch.from_numpy(np.zeros(shape, np.float32))
-            return torch.zeros(shape, dtype=torch.float32, device=self.device)
-
-        return [KVPages(room(), room()) for _ in self.layers]
-
-    def forward(self, ids: torch.Tensor, extents: Extents, kv: list[KVPages]) -> torch.Tensor:
-        """One step: ids (int32 [T]) of the flat batch to hidden states [T, H] after the final norm. Writes K and V to their slots."""
-        ops, config = self.ops, self.config
-        residual = ops.embed(ids, self.embedding, config.embedding_scale)
+    def forward(self, ops: Ops, tokens: Tokens, kv: Sequence[KVPages]) -> Array:
+        """One step: the tokens of the flat batch to hidden states [T, H] after the final norm. Writes K and V to their slots."""
+        config = self.config
+        residual = ops.embed(tokens, self.embedding, config.embedding_scale)
         x = ops.rmsnorm(residual, self.layers[0].attention_norm, config.norm_eps)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         for layer, pages, next_norm in zip(self.layers, kv, next_norms, strict=True):
-            x = self._attend(layer, x, extents, pages)
+            x = self._attend(ops, layer, x, tokens, pages)
             x, residual = ops.add_rmsnorm(x, residual, layer.mlp_norm, config.norm_eps)
-            x = self._feed_forward(layer, x)
+            x = self._feed_forward(ops, layer, x)
             x, residual = ops.add_rmsnorm(x, residual, next_norm, config.norm_eps)
         return x
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, ops: Ops, hidden: Array) -> Array:
         """Rows of `forward`'s result [B, H] to logits [B, V]."""
-        return self.ops.linear(hidden, self.head)
+        return ops.linear(hidden, self.head)
 
-    def _attend(self, layer: Layer, x: torch.Tensor, extents: Extents, pages: KVPages) -> torch.Tensor:
-        ops, config = self.ops, self.config
+    def _attend(self, ops: Ops, layer: Layer, x: Array, tokens: Tokens, pages: KVPages) -> Array:
+        config = self.config
         qkv = ops.linear(x, layer.qkv)
-        q = ops.rope_write_kv(qkv, self.heads, layer.rope, layer.q_norm, layer.k_norm, config.norm_eps, pages, extents)
-        x = ops.linear(ops.attention(q, self.heads, pages, extents, config.attention_scale, layer.window), layer.output)
+        q = ops.rope_write_kv(qkv, self.heads, layer.rope, layer.q_norm, layer.k_norm, config.norm_eps, pages, tokens)
+        x = ops.linear(ops.attention(q, self.heads, pages, tokens, config.attention_scale, layer.window), layer.output)
         return x if layer.post_attention_norm is None else ops.rmsnorm(x, layer.post_attention_norm, config.norm_eps)
 
-    def _feed_forward(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        ops, config = self.ops, self.config
+    def _feed_forward(self, ops: Ops, layer: Layer, x: Array) -> Array:
+        config = self.config
         x = ops.linear(ops.gated(ops.linear(x, layer.gate_up), config.activation), layer.down)
         return x if layer.post_mlp_norm is None else ops.rmsnorm(x, layer.post_mlp_norm, config.norm_eps)
 
 
-def load_decoder(architecture: str, checkpoint: Checkpoint, ops: Ops, context: int, device: str | torch.device = "cpu") -> Decoder:
-    """The checkpoint's decoder, ready to run; `architecture` is a key of `FAMILIES`. Raises UserError."""
+def head_shape(config: DecoderConfig) -> HeadShape:
+    return HeadShape(config.heads, config.kv_heads, config.head_dim)
+
+
+def load_decoder(architecture: str, checkpoint: Checkpoint, backend: Backend, context: int) -> Decoder:
+    """The checkpoint's decoder, ready to be compiled; `architecture` is a key of `FAMILIES`. Raises UserError."""
     config, names = describe(architecture, checkpoint)
-    return Decoder(config, names, checkpoint, ops, context, device)
+    return Decoder(config, names, checkpoint, backend, context)
 
 
 class _Loading:
     """Reads weights by name and checks that each has the shape the config promises."""
 
-    def __init__(self, config: DecoderConfig, names: WeightNames, checkpoint: Checkpoint, ops: Ops, device: torch.device) -> None:
-        self.config, self.names, self.checkpoint, self.ops, self.device = config, names, checkpoint, ops, device
+    def __init__(self, config: DecoderConfig, names: WeightNames, checkpoint: Checkpoint, backend: Backend) -> None:
+        self.config, self.names, self.checkpoint, self.backend = config, names, checkpoint, backend
 
     def table(self) -> Prepared:
-        self._check(self.names.embedding, (self.config.vocab_size, self.config.hidden))
-        return self.ops.prepare_table(self.checkpoint.weight(self.names.embedding))
+        name = self.names.embedding
+        self._check(name, (self.config.vocab_size, self.config.hidden))
+        return self.backend.prepare_table(name, lambda: self.checkpoint.weight(name))
 
     def head(self) -> Prepared:
         name = self.names.embedding if self.config.tied_embeddings else self.names.head
         return self.linear([(name, self.config.vocab_size)], self.config.hidden, bias=False)
 
-    def layer(self, index: int, rope: RopeTable) -> Layer:
+    def layer(self, index: int, rope: Prepared) -> Layer:
         c, names = self.config, self.names
 
         def named(pattern: str) -> str:
             return pattern.format(index)
 
-        def norm(pattern: str, size: int, present: bool = True) -> torch.Tensor | None:
+        def norm(pattern: str, size: int, present: bool = True) -> Prepared | None:
             return self.norm(named(pattern), size) if present else None
 
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -161,14 +144,13 @@ class _Loading:
             self._check(name, (outputs, inputs))
             if bias:
                 self._check(bias_of(name), (outputs,))
-        weights = [self.checkpoint.weight(name) for name, _ in parts]
-        biases = torch.cat([self.checkpoint.vector(bias_of(name)) for name, _ in parts]) if bias else None
-        return self.ops.prepare(weights, biases)
+        biases = np.concatenate([self.checkpoint.vector(bias_of(name)) for name, _ in parts]) if bias else None
+        return self.backend.prepare(parts[0][0], lambda: [self.checkpoint.weight(name) for name, _ in parts], biases)
 
-    def norm(self, name: str, size: int) -> torch.Tensor:
+    def norm(self, name: str, size: int) -> Prepared:
         self._check(name, (size,))
-        weight = self.checkpoint.vector(name).to(self.device)
-        return weight + 1.0 if self.config.unit_offset_norms else weight
+        weight = self.checkpoint.vector(name)
+        return self.backend.prepare_vector(weight + np.float32(1) if self.config.unit_offset_norms else weight)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.checkpoint:

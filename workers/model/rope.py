@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from headrace.engine.errors import UserError
@@ -120,13 +121,13 @@ def gguf_rope(checkpoint: Checkpoint, look: Lookup, dim: int, interleaved: bool)
     raise look.refused("rope.scaling.type", kind, "supported rope scalings are none, linear and yarn")
 
 
-def rope_table(rope: RopeConfig, positions: int, device: torch.device) -> RopeTable:
+def rope_table(rope: RopeConfig, positions: int) -> RopeTable:
     """cos and sin of positions 0 … positions - 1."""
     blocks = -(-positions // _BLOCK)
     angles = torch.arange(blocks * _BLOCK, dtype=torch.float32).unsqueeze(1) * rope.inverse_frequencies
 
-    def table(function: Any) -> torch.Tensor:
+    def table(function: Any) -> np.ndarray:
         parts = [function(block.double()).float() for block in angles.split(_BLOCK)]
-        return (torch.cat(parts)[:positions] * rope.attention_factor).to(device)
+        return (torch.cat(parts)[:positions] * rope.attention_factor).numpy()
 
     return RopeTable(table(torch.cos), table(torch.sin), rope.interleaved)

@@ -1,16 +1,20 @@
-// The Python module: binds the ops of the best instruction set that this machine has. Pointers come as integers:
-// `kernels/cpu/__init__.py`, the only caller, has checked type and shape of what they point to. What the arrays of indices say is
-// checked here, before every call, so that no op reads or writes out of bounds. The GIL is released while anything computes.
+// The Python module: binds the ops of the best instruction set that this machine has, as things to record on a tape. Pointers come as
+// integers: `kernels/cpu`, the only caller, has checked type and shape of what they point to. What the arrays of a step say is checked
+// here, before every run, so that no op reads or writes out of bounds. The GIL is released while anything computes.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
 #include "pack.h"
+#include "tape.h"
 
 namespace nb = nanobind;
 using namespace headrace;
@@ -25,8 +29,6 @@ T* at(Address address) {
 }
 
 const float* floats(Address address) { return at<const float>(address); }
-
-const int32_t* indices(Address address) { return at<const int32_t>(address); }
 
 // The instruction sets that this machine has, best first.
 std::vector<const Ops*> tables() {
@@ -53,14 +55,15 @@ void within(const char* name, const int32_t* values, int64_t count, int64_t limi
                std::to_string(limit - 1));
 }
 
-// Every request's rows and pages lie within what there is.
-void check_batch(const Batch& batch, const KV& kv) {
-    if (batch.query_start[0] != 0 || batch.query_start[batch.requests] != batch.tokens)
-        refuse("query_start must run from 0 to the " + std::to_string(batch.tokens) + " tokens of the batch");
-    for (int64_t r = 0; r < batch.requests; r++)
-        if (batch.query_start[r] > batch.query_start[r + 1]) refuse("query_start must not fall, it does at request " + std::to_string(r));
-    within("positions", batch.positions, batch.tokens, batch.table_width * kv.page_size);
-    within("pages", batch.pages, batch.requests * batch.table_width, kv.pages);
+using Array = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+// The int32 array `name` of so many dimensions, and of `size` entries unless that is negative.
+const int32_t* indices(const char* name, const Array& array, size_t dimensions, int64_t size = -1) {
+    if (array.dtype() != nb::dtype<int32_t>() || array.ndim() != dimensions)
+        refuse(std::string(name) + " must be a contiguous int32 array of " + std::to_string(dimensions) + " dimensions");
+    if (size >= 0 && static_cast<int64_t>(array.size()) != size)
+        refuse(std::string(name) + " must have " + std::to_string(size) + " entries, it has " + std::to_string(array.size()));
+    return static_cast<const int32_t*>(array.data());
 }
 
 class Engine {
@@ -76,6 +79,8 @@ class Engine {
 
     std::string isa() const { return ops_->isa; }
     int threads() const { return pool_.threads(); }
+    Pool& pool() { return pool_; }
+    const Ops& ops() const { return *ops_; }
 
     void pack(Address from, int64_t outputs, int64_t inputs, int size, Address to) {
         nb::gil_scoped_release release;
@@ -87,63 +92,143 @@ class Engine {
         headrace::pack_nibbles(pool_, at<const int8_t>(from), outputs, inputs, offset, at<uint8_t>(to));
     }
 
-    void linear(const Linear& weight, Address x, int64_t rows, Address y) {
-        if (rows == 0) return;
-        nb::gil_scoped_release release;
-        ops_->linear(pool_, weight, floats(x), rows, at<float>(y));
-    }
-
-    void embed(const Linear& table, Address ids, int64_t count, float scale, Address y) {
-        within("ids", indices(ids), count, table.outputs);
-        nb::gil_scoped_release release;
-        ops_->embed(pool_, table, indices(ids), count, scale, at<float>(y));
-    }
-
-    void rows(Address x, Address index, int64_t count, int64_t all, int64_t width, Address y) {
-        within("index", indices(index), count, all);
-        nb::gil_scoped_release release;
-        for (int64_t i = 0; i < count; i++) std::copy_n(floats(x) + indices(index)[i] * width, width, at<float>(y) + i * width);
-    }
-
-    void attention(Address q, const Heads& heads, const KV& kv, const Batch& batch, float scale, int window, Address out) {
-        check_batch(batch, kv);
-        nb::gil_scoped_release release;
-        ops_->attention(pool_, floats(q), heads, kv, batch, scale, window, at<float>(out));
-    }
-
-    void rope_write_kv(Address qkv, const Heads& heads, Address cos, Address sin, int64_t positions, int64_t half, bool interleaved,
-                       Address q_norm, Address k_norm, float eps, const KV& kv, const Batch& batch, Address q) {
-        within("positions", batch.positions, batch.tokens, positions);
-        within("slots", batch.slots, batch.tokens, kv.pages * kv.page_size);
-        nb::gil_scoped_release release;
-        const Rope rope{floats(cos), floats(sin), positions, half, interleaved, floats(q_norm), floats(k_norm), eps};
-        ops_->rope_write_kv(pool_, floats(qkv), heads, rope, kv, batch, at<float>(q));
-    }
-
-    void rmsnorm(Address x, Address residual, Address weight, float eps, int64_t rows, int64_t width, Address sum, Address y) {
-        nb::gil_scoped_release release;
-        ops_->rmsnorm(pool_, floats(x), floats(residual), floats(weight), eps, rows, width, at<float>(sum), at<float>(y));
-    }
-
-    void gated(Address gate_up, int64_t rows, int64_t width, bool gelu, Address y) {
-        nb::gil_scoped_release release;
-        ops_->gated(pool_, floats(gate_up), rows, width, gelu, at<float>(y));
-    }
-
-    void add(Address x, Address residual, int64_t count, Address sum) {
-        nb::gil_scoped_release release;
-        ops_->add(pool_, floats(x), floats(residual), count, at<float>(sum));
-    }
-
   private:
     Pool pool_;
     const Ops* ops_ = nullptr;
+};
+
+// A tape, and what the arrays of a step must keep to for the ops that stand on it.
+class Program {
+  public:
+    explicit Program(Engine& engine) : tape_(engine.pool(), engine.ops()) {}
+
+    void reserve(Arena arena, int64_t floats) { tape_.reserve(arena, floats); }
+
+    void input(int64_t width, Place y) {
+        const size_t number = inputs_.size();
+        inputs_.push_back({nullptr, width});
+        tape_.record("input", y.arena, [=, this](const Step& step) {
+            std::copy_n(inputs_[number].first, step.rows_of(y) * width, step.at(y));
+        });
+    }
+
+    void embed(const Linear& table, float scale, Place y) {
+        vocabulary_ = std::min(vocabulary_, table.outputs);
+        tape_.record("embed", y.arena, [=](const Step& step) { step.ops.embed(step.pool, table, step.ids, step.rows_of(y), scale, step.at(y)); });
+    }
+
+    void linear(const Linear& weight, Place x, Place y) {
+        tape_.record("linear", y.arena, [=](const Step& step) { step.ops.linear(step.pool, weight, step.at(x), step.rows_of(y), step.at(y)); });
+    }
+
+    void rmsnorm(Place x, Address weight, float eps, int64_t width, Place y) {
+        tape_.record("rmsnorm", y.arena, [=](const Step& step) {
+            step.ops.rmsnorm(step.pool, step.at(x), nullptr, floats(weight), eps, step.rows_of(y), width, nullptr, step.at(y));
+        });
+    }
+
+    void add_rmsnorm(Place x, Place residual, Address weight, float eps, int64_t width, Place sum, Place y) {
+        tape_.record("add_rmsnorm", y.arena, [=](const Step& step) {
+            step.ops.rmsnorm(step.pool, step.at(x), step.at(residual), floats(weight), eps, step.rows_of(y), width, step.at(sum), step.at(y));
+        });
+    }
+
+    void gated(Place gate_up, int64_t width, bool gelu, Place y) {
+        tape_.record("gated", y.arena,
+                     [=](const Step& step) { step.ops.gated(step.pool, step.at(gate_up), step.rows_of(y), width, gelu, step.at(y)); });
+    }
+
+    void add(Place x, Place residual, int64_t width, Place sum) {
+        tape_.record("add", sum.arena, [=](const Step& step) {
+            step.ops.add(step.pool, step.at(x), step.at(residual), step.rows_of(sum) * width, step.at(sum));
+        });
+    }
+
+    void rope_write_kv(Place qkv, const Heads& heads, const Rope& rope, const KV& kv, Place q) {
+        positions_ = std::min(positions_, rope.positions);
+        bound(kv);
+        tape_.record("rope_write_kv", q.arena, [=](const Step& step) {
+            step.ops.rope_write_kv(step.pool, step.at(qkv), heads, rope, kv, step.batch, step.at(q));
+        });
+    }
+
+    void attention(Place q, const Heads& heads, const KV& kv, float scale, int window, Place out) {
+        bound(kv);
+        tape_.record("attention", out.arena, [=](const Step& step) {
+            step.ops.attention(step.pool, step.at(q), heads, kv, step.batch, scale, window, step.at(out));
+        });
+    }
+
+    void rows(Place x, int64_t width, Place y) {
+        tape_.record("rows", y.arena, [=](const Step& step) {
+            for (int64_t i = 0; i < step.rows_of(y); i++) std::copy_n(step.at(x) + step.picks[i] * width, width, step.at(y) + i * width);
+        });
+    }
+
+    void run(const Array& ids, const Array& positions, const Array& slots, const Array& query_start, const Array& pages, const Array& picks,
+             const std::vector<Array>& inputs) {
+        const int64_t tokens = ids.size(), requests = pages.ndim() == 2 ? pages.shape(0) : 0, width = requests ? pages.shape(1) : 0;
+        const Batch batch{indices("positions", positions, 1, tokens), indices("slots", slots, 1, tokens),
+                          indices("query_start", query_start, 1, requests + 1), indices("pages", pages, 2), tokens, requests, width};
+        if (batch.query_start[0] != 0 || batch.query_start[requests] != tokens)
+            refuse("query_start must run from 0 to the " + std::to_string(tokens) + " tokens of the batch");
+        for (int64_t r = 0; r < requests; r++)
+            if (batch.query_start[r] > batch.query_start[r + 1]) refuse("query_start must not fall, it does at request " + std::to_string(r));
+        within("ids", indices("ids", ids, 1), tokens, vocabulary_);
+        within("positions", batch.positions, tokens, std::min(positions_, width * page_size_));
+        within("slots", batch.slots, tokens, pages_ * page_size_);
+        within("pages", batch.pages, requests * width, pages_);
+        within("picks", indices("picks", picks, 1), picks.size(), tokens);
+        if (inputs.size() != inputs_.size()) refuse("there must be " + std::to_string(inputs_.size()) + " inputs");
+        for (size_t i = 0; i < inputs.size(); i++) {
+            if (inputs[i].dtype() != nb::dtype<float>() || static_cast<int64_t>(inputs[i].size()) != tokens * inputs_[i].second)
+                refuse("input " + std::to_string(i) + " must be float32 of " + std::to_string(inputs_[i].second) + " columns");
+            inputs_[i].first = static_cast<const float*>(inputs[i].data());
+        }
+        nb::gil_scoped_release release;
+        tape_.run(batch, static_cast<const int32_t*>(ids.data()), static_cast<const int32_t*>(picks.data()), picks.size());
+    }
+
+    void pick(const Array& picks) {
+        within("picks", indices("picks", picks, 1), picks.size(), tape_.tokens());
+        nb::gil_scoped_release release;
+        tape_.pick(static_cast<const int32_t*>(picks.data()), picks.size());
+    }
+
+    // A value of the last step, where it stands.
+    nb::ndarray<nb::numpy, float> view(Place place, int64_t width) {
+        return {tape_.at(place), {static_cast<size_t>(tape_.rows_of(place)), static_cast<size_t>(width)}, nb::find(this)};
+    }
+
+    // Switches timing on, and tells what each op took since it was.
+    std::vector<std::pair<std::string, int64_t>> times() {
+        std::vector<std::pair<std::string, int64_t>> all;
+        for (auto& ops : tape_.ops)
+            for (auto& op : ops) all.emplace_back(op.name, std::exchange(op.spent, 0));
+        tape_.timed = true;
+        return all;
+    }
+
+  private:
+    using Step = Tape::Step;
+
+    void bound(const KV& kv) {
+        pages_ = std::min(pages_, kv.pages);
+        page_size_ = kv.page_size;
+    }
+
+    static constexpr int64_t ANY = 1 << 30;
+
+    Tape tape_;
+    std::vector<std::pair<const float*, int64_t>> inputs_;  // where each stands, and its columns
+    int64_t vocabulary_ = ANY, positions_ = ANY, pages_ = ANY, page_size_ = 1;
 };
 
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.attr("PANEL") = PANEL;
+    m.attr("ALIGN") = Tape::ALIGN;
     m.attr("SOURCES") = HEADRACE_SOURCES;
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
@@ -157,26 +242,38 @@ NB_MODULE(_native, m) {
                               at<const void>(scales), at<const void>(minimums), floats(bias)};
         });
     nb::class_<Heads>(m, "Heads").def("__init__", [](Heads* self, int query, int kv, int dim) { new (self) Heads{query, kv, dim}; });
+    nb::class_<Rope>(m, "Rope")
+        .def("__init__", [](Rope* self, Address cos, Address sin, int64_t positions, int64_t half, bool interleaved, Address q_norm,
+                            Address k_norm, float eps) {
+            new (self) Rope{floats(cos), floats(sin), positions, half, interleaved, floats(q_norm), floats(k_norm), eps};
+        });
     nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, int64_t pages, int64_t page_size) {
         new (self) KV{at<float>(keys), at<float>(values), pages, page_size};
     });
-    nb::class_<Batch>(m, "Batch")
-        .def("__init__", [](Batch* self, Address positions, Address slots, Address query_start, Address pages, int64_t tokens,
-                            int64_t requests, int64_t table_width) {
-            new (self) Batch{indices(positions), indices(slots), indices(query_start), indices(pages), tokens, requests, table_width};
-        });
+    nb::class_<Place>(m, "Place").def("__init__", [](Place* self, int arena, int64_t start) {
+        new (self) Place{static_cast<Arena>(arena), start};
+    });
     nb::class_<Engine>(m, "Engine")
         .def(nb::init<int, const std::string&>())
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def("pack", &Engine::pack)
-        .def("pack_nibbles", &Engine::pack_nibbles)
-        .def("linear", &Engine::linear)
-        .def("embed", &Engine::embed)
-        .def("rows", &Engine::rows)
-        .def("attention", &Engine::attention)
-        .def("rope_write_kv", &Engine::rope_write_kv)
-        .def("rmsnorm", &Engine::rmsnorm)
-        .def("gated", &Engine::gated)
-        .def("add", &Engine::add);
+        .def("pack_nibbles", &Engine::pack_nibbles);
+    nb::class_<Program>(m, "Program")
+        .def(nb::init<Engine&>(), nb::keep_alive<1, 2>())
+        .def("reserve", [](Program& self, int arena, int64_t floats) { self.reserve(static_cast<Arena>(arena), floats); })
+        .def("input", &Program::input)
+        .def("embed", &Program::embed)
+        .def("linear", &Program::linear)
+        .def("rmsnorm", &Program::rmsnorm)
+        .def("add_rmsnorm", &Program::add_rmsnorm)
+        .def("gated", &Program::gated)
+        .def("add", &Program::add)
+        .def("rope_write_kv", &Program::rope_write_kv)
+        .def("attention", &Program::attention)
+        .def("rows", &Program::rows)
+        .def("run", &Program::run)
+        .def("pick", &Program::pick)
+        .def("view", &Program::view)
+        .def("times", &Program::times);
 }

@@ -8,8 +8,7 @@ import torch
 import transformers
 
 from headrace.workers.loader.gguf import GGUFCheckpoint
-from headrace.workers.model.decoder import Decoder, load_decoder
-from tests.workers.model.drive import Drive, all_logits, greedy, ops_of
+from tests.workers.model.drive import Drive, Loaded, all_logits, greedy, load
 
 CLOSE = 1e-3
 
@@ -53,46 +52,44 @@ def oracle():
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("reference", marks=pytest.mark.slow)])
-def decoder(request) -> Decoder:
-    return load_decoder("llama", GGUFCheckpoint(model_file()), ops_of(request.param), context=1024)
+def loaded(request) -> Loaded:
+    return load(request.param, "llama", GGUFCheckpoint(model_file()), 1024)
 
 
-def logits_differ_by(oracle, decoder: Decoder, ids: list[int]) -> float:
+def logits_differ_by(oracle, loaded: Loaded, ids: list[int]) -> float:
     with torch.no_grad():
-        return (all_logits(decoder, ids) - oracle(torch.tensor([ids])).logits[0]).abs().max().item()
+        return (all_logits(loaded, ids) - oracle(torch.tensor([ids])).logits[0]).abs().max().item()
 
 
-def assert_same_greedy(oracle, decoder: Decoder, ids: list[int], count: int) -> None:
+def assert_same_greedy(oracle, loaded: Loaded, ids: list[int], count: int) -> None:
     """Each token the decoder chooses is the oracle's choice after the same tokens."""
-    continued = greedy(decoder, ids, count)
+    continued = greedy(loaded, ids, count)
     with torch.no_grad():
         chosen = oracle(torch.tensor([ids + continued])).logits[0].argmax(-1)
     assert continued == chosen[len(ids) - 1 : -1].tolist()
 
 
-def test_a_sentence_gives_the_recorded_logits_and_next_tokens(decoder):
-    highest, likeliest = all_logits(decoder, SHORT).max(-1)
+def test_a_sentence_gives_the_recorded_logits_and_next_tokens(loaded):
+    highest, likeliest = all_logits(loaded, SHORT).max(-1)
     assert likeliest.tolist() == LIKELIEST
     assert (highest - torch.tensor(HIGHEST)).abs().max() < CLOSE
-    assert greedy(decoder, SHORT, len(CONTINUED)) == CONTINUED
+    assert greedy(loaded, SHORT, len(CONTINUED)) == CONTINUED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", range(len(TEXTS)))
-def test_real_texts_give_the_same_logits_at_every_position_and_128_greedy_tokens(oracle, tokenizer, decoder, text):
+def test_real_texts_give_the_same_logits_at_every_position_and_128_greedy_tokens(oracle, tokenizer, loaded, text):
     ids = tokenizer(TEXTS[text])["input_ids"]
-    assert logits_differ_by(oracle, decoder, ids) < CLOSE
-    assert_same_greedy(oracle, decoder, ids[:64], 128)
+    assert logits_differ_by(oracle, loaded, ids) < CLOSE
+    assert_same_greedy(oracle, loaded, ids[:64], 128)
 
 
-def test_a_prompt_alone_and_in_a_batch_of_32_gives_the_same_logits_to_the_last_bit(decoder):
-    alone = all_logits(decoder, SHORT)
-    drive = Drive(decoder, sequences=32, room=32, shuffle=1)
+def test_a_prompt_alone_and_in_a_batch_of_32_gives_the_same_logits_to_the_last_bit(loaded):
+    alone = all_logits(loaded, SHORT)
+    drive = Drive(loaded, sequences=32, room=32, shuffle=1)
     others = [(sequence, [(sequence * 97 + place) % 49000 for place in range(1 + sequence % 7)]) for sequence in range(1, 32)]
     work = [*others[:11], (0, SHORT), *others[11:]]
-    rows = sum(len(tokens) for _, tokens in others[:11])
-    together = decoder.logits(torch.cat(drive.step(work)))
-    assert torch.equal(together[rows : rows + len(SHORT)], alone)
-    drive = Drive(decoder)
-    chunked = torch.cat([decoder.logits(drive.step([(0, SHORT[begin : begin + 7])])[0]) for begin in range(0, len(SHORT), 7)])
+    assert torch.equal(drive.step(work)[11], alone)
+    drive = Drive(loaded)
+    chunked = torch.cat([drive.step([(0, SHORT[begin : begin + 7])])[0] for begin in range(0, len(SHORT), 7)])
     assert torch.equal(chunked, alone)

@@ -8,7 +8,7 @@ import torch
 
 from headrace.engine.checkpoint.card import FAMILIES
 from headrace.engine.errors import UserError
-from headrace.kernels.select import make_ops
+from headrace.kernels.select import make_backend
 from headrace.kernels.weights import Dense
 from headrace.workers.model.config import RopeConfig
 from headrace.workers.model.decoder import load_decoder
@@ -148,17 +148,17 @@ def test_mistral_has_a_window_unless_its_config_says_null():
 
 
 def test_a_missing_or_misshapen_tensor_is_named():
-    ops = make_ops("reference")
+    backend = make_backend("reference")
     with pytest.raises(UserError, match=f"lacks tensor {HUGGINGFACE.embedding}"):
-        load_decoder("LlamaForCausalLM", llama(), ops, context=16)
+        load_decoder("LlamaForCausalLM", llama(), backend, context=16)
     misshapen = InMemory("huggingface", LLAMA, {HUGGINGFACE.embedding: torch.zeros(39, 32)})
     with pytest.raises(UserError, match=r"has shape \[39, 32\] where the model's metadata asks for \[40, 32\]"):
-        load_decoder("LlamaForCausalLM", misshapen, ops, context=16)
+        load_decoder("LlamaForCausalLM", misshapen, backend, context=16)
 
 
 def test_a_context_beyond_the_models_is_refused():
     with pytest.raises(UserError, match="a context of 129 tokens cannot be served: the model was made for 1 to 128"):
-        load_decoder("LlamaForCausalLM", llama(), make_ops("reference"), context=129)
+        load_decoder("LlamaForCausalLM", llama(), make_backend("reference"), context=129)
 
 
 def test_the_rope_table_covers_the_served_context_and_no_more():

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from headrace.workers.loader.safetensors import SafetensorsCheckpoint
-from headrace.workers.model.decoder import Decoder, load_decoder
-from tests.workers.model.drive import KERNELS, Drive, ops_of
+from tests.workers.model.drive import KERNELS, Drive, Loaded, load
 from tests.workers.model.tiny import build
 
 TEXT = torch.randint(3, 199, (150,), generator=torch.Generator().manual_seed(6)).tolist()
@@ -15,11 +14,17 @@ WIDTH = 32
 
 
 @pytest.fixture(scope="module", params=[(name, kernels) for kernels in KERNELS for name in ("llama-one-kv-head", "gemma3")], ids="-".join)
-def decoder(request, tmp_path_factory) -> Decoder:
+def loader(request, tmp_path_factory):
+    """Loads a tiny model for a number of threads."""
     name, kernels = request.param
     directory = tmp_path_factory.mktemp(name)
     model = build(name, directory)
-    return load_decoder(model.config.architectures[0], SafetensorsCheckpoint(directory), ops_of(kernels), context=256)
+    return lambda threads: load(kernels, model.config.architectures[0], SafetensorsCheckpoint(directory), 256, threads)
+
+
+@pytest.fixture(scope="module")
+def loaded(loader) -> Loaded:
+    return loader(None)
 
 
 @pytest.fixture(autouse=True)
@@ -29,44 +34,42 @@ def threads():
     torch.set_num_threads(before)
 
 
-def logits(decoder: Decoder, chunks: list[int], shuffle: int | None = None) -> torch.Tensor:
+def logits(loaded: Loaded, chunks: list[int], shuffle: int | None = None) -> torch.Tensor:
     """Logits of TEXT, brought in pieces of the given sizes, repeated in turn."""
-    drive, parts, begin = Drive(decoder, shuffle=shuffle), [], 0
+    drive, parts, begin = Drive(loaded, shuffle=shuffle), [], 0
     while begin < len(TEXT):
         piece = TEXT[begin : begin + chunks[len(parts) % len(chunks)]]
-        parts.append(decoder.logits(drive.step([(0, piece)])[0]))
+        parts.append(drive.step([(0, piece)])[0])
         begin += len(piece)
     return torch.cat(parts)
 
 
-def test_chunks_of_any_size_give_what_the_whole_prompt_gives(decoder):
-    whole = logits(decoder, [len(TEXT)])
-    assert torch.equal(logits(decoder, [7]), whole)
-    assert torch.equal(logits(decoder, [100, 1, 1, 1, 29, 2]), whole)
+def test_chunks_of_any_size_give_what_the_whole_prompt_gives(loaded):
+    whole = logits(loaded, [len(TEXT)])
+    assert torch.equal(logits(loaded, [7]), whole)
+    assert torch.equal(logits(loaded, [100, 1, 1, 1, 29, 2]), whole)
 
 
-def test_page_order_and_threads_change_nothing(decoder):
-    decoder.ops = ops_of(decoder.ops.name, threads=1)
-    whole = logits(decoder, [len(TEXT)])
-    assert torch.equal(logits(decoder, [40], shuffle=3), whole)
+def test_page_order_and_threads_change_nothing(loader):
+    one = loader(1)
+    whole = logits(one, [len(TEXT)])
+    assert torch.equal(logits(one, [40], shuffle=3), whole)
     for count in (2, 3):
-        decoder.ops = ops_of(decoder.ops.name, threads=count)
-        assert torch.equal(logits(decoder, [len(TEXT)]), whole)
-        assert torch.equal(logits(decoder, [50]), whole)
+        more = loader(count)
+        assert torch.equal(logits(more, [len(TEXT)]), whole)
+        assert torch.equal(logits(more, [50]), whole)
 
 
-def test_a_sequence_among_32_others_in_any_order_gives_what_it_gives_alone(decoder):
-    alone = logits(decoder, [10])
+def test_a_sequence_among_32_others_in_any_order_gives_what_it_gives_alone(loaded):
+    alone = logits(loaded, [10])
     dice = random.Random(1)
-    drive = Drive(decoder, sequences=WIDTH, shuffle=2)
+    drive = Drive(loaded, sequences=WIDTH, shuffle=2)
     parts = []
     for begin in range(0, len(TEXT), 10):
         # prefills, chunks and single tokens side by side; TEXT is sequence 5
         work = [(5, TEXT[begin : begin + 10])]
         work += [(s, [dice.randrange(3, 199) for _ in range(dice.choice([1, 1, 1, 4, 16]))]) for s in range(WIDTH) if s != 5]
         dice.shuffle(work)
-        hidden = drive.step(work)
         index = next(i for i, (sequence, _) in enumerate(work) if sequence == 5)
-        rows = sum(len(tokens) for _, tokens in work[:index])
-        parts.append(decoder.logits(torch.cat(hidden))[rows : rows + 10])
+        parts.append(drive.step(work)[index])
     assert torch.equal(torch.cat(parts), alone)

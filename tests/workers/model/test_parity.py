@@ -5,8 +5,7 @@ import torch
 
 from headrace.workers.loader.gguf import GGUFCheckpoint
 from headrace.workers.loader.safetensors import SafetensorsCheckpoint
-from headrace.workers.model.decoder import Decoder, load_decoder
-from tests.workers.model.drive import KERNELS, all_logits, greedy, ops_of
+from tests.workers.model.drive import KERNELS, Loaded, all_logits, greedy, load
 from tests.workers.model.tiny import MODELS, build, write_gguf
 
 CLOSE = 1e-4
@@ -19,12 +18,12 @@ IN_GGUF = [name for name in MODELS if name not in ("llama-dynamic-rope", "qwen2-
 """The others have no words in a GGUF file for what their config.json says."""
 
 
-def assert_equal_to(model, decoder: Decoder) -> None:
+def assert_equal_to(model, loaded: Loaded) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([TEXT])).logits[0]
-    difference = (all_logits(decoder, TEXT) - expected).abs().max().item()
+    difference = (all_logits(loaded, TEXT) - expected).abs().max().item()
     assert difference < CLOSE, f"logits differ by {difference:.2e} of {expected.abs().max().item():.1f}"
-    continued = greedy(decoder, TEXT[:20], 128)
+    continued = greedy(loaded, TEXT[:20], 128)
     # each token is the oracle's choice after the same tokens: so, one by one, its own continuation
     with torch.no_grad():
         chosen = model(torch.tensor([TEXT[:20] + continued])).logits[0].argmax(-1)
@@ -36,8 +35,8 @@ def assert_equal_to(model, decoder: Decoder) -> None:
 def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_path):
     model = build(name, tmp_path)
     architecture = model.config.architectures[0]
-    decoder = load_decoder(architecture, SafetensorsCheckpoint(tmp_path), ops_of(kernels), context=256)
-    assert_equal_to(model, decoder)
+    loaded = load(kernels, architecture, SafetensorsCheckpoint(tmp_path), 256)
+    assert_equal_to(model, loaded)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -45,5 +44,5 @@ def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, 
 def test_a_gguf_file_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_path):
     model = build(name, tmp_path)
     architecture = write_gguf(model, tmp_path / "model.gguf")
-    decoder = load_decoder(architecture, GGUFCheckpoint(tmp_path / "model.gguf"), ops_of(kernels), context=256)
-    assert_equal_to(model, decoder)
+    loaded = load(kernels, architecture, GGUFCheckpoint(tmp_path / "model.gguf"), 256)
+    assert_equal_to(model, loaded)

@@ -1,0 +1,230 @@
+"""Records a model's ops on a native tape, and is the program that replays it.
+
+    model.forward(recorder, …) ─▶ Op, Op, Op …  over Values ─▶ places for the values ─▶ native tape ─▶ CpuProgram.run(batch)
+
+A `Value` is what an op would give: so many floats a row, for rows that are not there yet. When all ops are known, so is how long each value
+is needed, and values that are never needed together share a place. Shapes are checked here, once; what the arrays of a step say is
+checked by the tape before every run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headrace.kernels.cpu import _native
+from headrace.kernels.cpu.packed import Packed
+from headrace.kernels.cpu.pages import Pages
+from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable
+
+TOKENS, PICKS = 0, 1
+"""The two kinds of rows: the step's tokens, and those of them that were picked."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A float32 matrix [rows, width] of every step to come."""
+
+    rows: int
+    """TOKENS or PICKS."""
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+    put: Callable[[_native.Program, Callable[[Value], _native.Place]], None]
+    """Puts the op on the tape, given where its values stand."""
+
+
+class Recorder:
+    """`headrace.kernels.ops.Ops`, whose docstrings hold here. ValueError for shapes that do not fit."""
+
+    def __init__(self) -> None:
+        self._ops: list[_Op] = []
+        self._inputs: list[Value] = []
+
+    def input(self, width: int) -> Value:
+        """A matrix of TOKENS rows that is given to every run, in the order in which they were asked for here."""
+        y = Value(TOKENS, width)
+        self._inputs.append(y)
+        self._record((), (y,), lambda tape, at: tape.input(width, at(y)))
+        return y
+
+    def embed(self, tokens: None, table: Packed, scale: float = 1.0) -> Value:
+        y = Value(TOKENS, table.inputs)
+        self._record((), (y,), lambda tape, at: tape.embed(table.native, scale, at(y)))
+        return y
+
+    def rmsnorm(self, x: Value, weight: np.ndarray, eps: float) -> Value:
+        y = Value(x.rows, x.width)
+        address = _vector("weight", weight, x.width)
+        self._record((x,), (y,), lambda tape, at: tape.rmsnorm(at(x), address, eps, x.width, at(y)))
+        return y
+
+    def add_rmsnorm(self, x: Value, residual: Value, weight: np.ndarray, eps: float) -> tuple[Value, Value]:
+        _alike(x, residual)
+        y, total = Value(x.rows, x.width), Value(x.rows, x.width)
+        address = _vector("weight", weight, x.width)
+        self._record(
+            (x, residual), (y, total), lambda tape, at: tape.add_rmsnorm(at(x), at(residual), address, eps, x.width, at(total), at(y))
+        )
+        return y, total
+
+    def add(self, x: Value, residual: Value) -> Value:
+        _alike(x, residual)
+        y = Value(x.rows, x.width)
+        self._record((x, residual), (y,), lambda tape, at: tape.add(at(x), at(residual), x.width, at(y)))
+        return y
+
+    def linear(self, x: Value, weight: Packed) -> Value:
+        if x.width != weight.inputs:
+            raise ValueError(f"x has {x.width} columns, the weight has {weight.inputs} inputs")
+        y = Value(x.rows, weight.outputs)
+        self._record((x,), (y,), lambda tape, at: tape.linear(weight.native, at(x), at(y)))
+        return y
+
+    def gated(self, gate_up: Value, activation: str) -> Value:
+        if activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f'activation "{activation}" is not known: use "silu" or "gelu_tanh"')
+        if gate_up.width % 2:
+            raise ValueError(f"gate_up has {gate_up.width} columns, it must have two equal halves")
+        y = Value(gate_up.rows, gate_up.width // 2)
+        self._record((gate_up,), (y,), lambda tape, at: tape.gated(at(gate_up), y.width, activation == "gelu_tanh", at(y)))
+        return y
+
+    def rope_write_kv(
+        self,
+        qkv: Value,
+        heads: HeadShape,
+        rope: RopeTable,
+        q_norm: np.ndarray | None,
+        k_norm: np.ndarray | None,
+        eps: float,
+        kv: Pages,
+        tokens: None,
+    ) -> Value:
+        _of_tokens("qkv", qkv, (heads.query_heads + 2 * heads.kv_heads) * heads.dim, heads)
+        positions, half = rope.cos.shape
+        if 2 * half > heads.dim:
+            raise ValueError(f"cos of {half} pairs does not fit heads of {heads.dim}")
+        native = _native.Rope(
+            rope.cos.ctypes.data,
+            rope.sin.ctypes.data,
+            positions,
+            half,
+            rope.interleaved,
+            0 if q_norm is None else _vector("q_norm", q_norm, heads.dim),
+            0 if k_norm is None else _vector("k_norm", k_norm, heads.dim),
+            eps,
+        )
+        q, shape, pages = Value(TOKENS, heads.query_heads * heads.dim), _heads(heads), kv.checked(heads)
+        self._record((qkv,), (q,), lambda tape, at: tape.rope_write_kv(at(qkv), shape, native, pages, at(q)))
+        return q
+
+    def attention(self, q: Value, heads: HeadShape, kv: Pages, tokens: None, scale: float, window: int | None) -> Value:
+        _of_tokens("q", q, heads.query_heads * heads.dim, heads)
+        if heads.dim % 8:
+            raise ValueError(f"{heads}: heads whose dim is no multiple of 8 have no native kernel")
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}: a token sees at least itself")
+        out, shape, pages = Value(TOKENS, q.width), _heads(heads), kv.checked(heads)
+        self._record((q,), (out,), lambda tape, at: tape.attention(at(q), shape, pages, scale, window or 0, at(out)))
+        return out
+
+    def picked(self, x: Value) -> Value:
+        """The rows of x that a run picks."""
+        y = Value(PICKS, x.width)
+        self._record((x,), (y,), lambda tape, at: tape.rows(at(x), x.width, at(y)))
+        return y
+
+    def program(self, engine: _native.Engine, outputs: Sequence[Value]) -> tuple[_native.Program, Callable[[Value], _native.Place]]:
+        """A tape of all that was recorded, and where `outputs` stand on it, which are kept to the end."""
+        tape = _native.Program(engine)
+        starts = self._starts(outputs, tape)
+
+        def at(value: Value) -> _native.Place:
+            return _native.Place(value.rows, starts[value])
+
+        for op in self._ops:
+            op.put(tape, at)
+        return tape, at
+
+    def _record(self, reads: tuple[Value, ...], writes: tuple[Value, ...], put: Any) -> None:
+        self._ops.append(_Op(reads, writes, put))
+
+    def _starts(self, outputs: Sequence[Value], tape: _native.Program) -> dict[Value, int]:
+        """Where each value stands: the first gap that is free from its op to the last that reads it."""
+        last = {value: index for index, op in enumerate(self._ops) for value in (*op.writes, *op.reads)}
+        # What the picked rows are taken from is read whenever others are picked.
+        last |= {value: len(self._ops) for value in outputs}
+        last |= {value: len(self._ops) for op in self._ops for value in op.reads if op.writes[0].rows != value.rows}
+        starts: dict[Value, int] = {}
+        used, sizes = ([], []), [0, 0]
+        for index, op in enumerate(self._ops):
+            for value in op.writes:
+                taken, size = used[value.rows], -(-value.width // _native.ALIGN) * _native.ALIGN
+                start = 0
+                for begin, end, _ in taken:
+                    if begin - start >= size:
+                        break
+                    start = end
+                starts[value] = start
+                taken.append((start, start + size, value))
+                taken.sort(key=lambda one: one[0])
+                sizes[value.rows] = max(sizes[value.rows], start + size)
+            for taken in used:
+                taken[:] = [one for one in taken if last[one[2]] > index]
+        for rows, size in enumerate(sizes):
+            tape.reserve(rows, size)
+        return starts
+
+
+class CpuProgram:
+    """`headrace.kernels.ops.Program`. Logits are a view of the tape's own memory."""
+
+    def __init__(self, engine: _native.Engine, model: Model, kv: Sequence[Pages]) -> None:
+        recorder = Recorder()
+        hidden = recorder.picked(model.forward(recorder, None, kv))
+        logits = model.logits(recorder, hidden)
+        # The tape knows addresses alone: what lies there must not go while it is there.
+        self._model, self._kv = model, kv
+        self._tape, at = recorder.program(engine, [logits])
+        self._logits, self._width = at(logits), logits.width
+
+    def run(self, batch: Batch, picks: np.ndarray) -> np.ndarray:
+        self._tape.run(batch.ids, batch.positions, batch.slots, batch.query_start, batch.pages, picks, [])
+        return self._tape.view(self._logits, self._width)
+
+    def logits(self, picks: np.ndarray) -> np.ndarray:
+        self._tape.pick(picks)
+        return self._tape.view(self._logits, self._width)
+
+    def times(self) -> list[tuple[str, int]]:
+        """Nanoseconds that each op took in all runs since this was called last, in the order of the tape. From the first call on."""
+        return self._tape.times()
+
+
+def _alike(x: Value, residual: Value) -> None:
+    if (x.rows, x.width) != (residual.rows, residual.width):
+        raise ValueError(f"residual has {residual.width} columns, x has {x.width}")
+
+
+def _of_tokens(name: str, x: Value, width: int, heads: HeadShape) -> None:
+    if x.rows != TOKENS or x.width != width:
+        raise ValueError(f"{name} has {x.width} columns, {heads} needs {width}")
+
+
+def _vector(name: str, x: np.ndarray, size: int) -> int:
+    """The address of a contiguous float32 [size]."""
+    if x.dtype != np.float32 or x.shape != (size,) or not x.flags.c_contiguous:
+        raise ValueError(f"{name} must be contiguous float32 [{size}], it is {x.dtype} {list(x.shape)}")
+    return x.ctypes.data
+
+
+def _heads(heads: HeadShape) -> _native.Heads:
+    if min(heads.query_heads, heads.kv_heads, heads.dim) < 1 or heads.query_heads % heads.kv_heads:
+        raise ValueError(f"{heads}: query heads must share KV heads evenly")
+    return _native.Heads(heads.query_heads, heads.kv_heads, heads.dim)
