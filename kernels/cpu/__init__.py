@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from headrace.kernels.ops import HeadShape, Model, RopeTable, Sampled, SamplingBatch
 from headrace.kernels.weights import Weight
@@ -101,11 +100,15 @@ class CpuBackend:
         return CpuProgram(self._engine, model, kv)
 
     def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Sampled:
+        import torch
+
         from headrace.kernels.reference import sampling
 
         return sampling.sample(torch.from_numpy(logits), batch)
 
     def score(self, logits: np.ndarray, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
+        import torch
+
         from headrace.kernels.reference import sampling
 
         return sampling.score(torch.from_numpy(logits), tokens, top)

@@ -11,14 +11,14 @@ The same packed weight serves `linear` and `embed`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from headrace.kernels.cpu import _native
 from headrace.kernels.weights import Dense, GroupedInt, Weight
 
 PANEL: int = _native.PANEL
 
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FLOATS = {"float32": 0, "bfloat16": 1, "float16": 2}
 _INT8, _INT4 = 3, 4
 
 
@@ -29,7 +29,7 @@ class Packed:
     native: _native.Linear
     outputs: int
     inputs: int
-    storage: tuple[torch.Tensor | None, ...]
+    storage: tuple[np.ndarray | None, ...]
     """Values, scales, minimums, bias."""
 
     @property
@@ -37,7 +37,7 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.storage if tensor is not None)
 
 
-def pack(engine: _native.Engine, weights: Sequence[Weight], bias: torch.Tensor | None = None) -> Packed:
+def pack(engine: _native.Engine, weights: Sequence[Weight], bias: np.ndarray | None = None) -> Packed:
     """Several weights of equal K, stacked along N. ValueError where shapes do not fit."""
     if not weights:
         raise ValueError("a linear layer needs at least one weight")
@@ -45,46 +45,44 @@ def pack(engine: _native.Engine, weights: Sequence[Weight], bias: torch.Tensor |
     outputs = sum(weight.shape[0] for weight in weights)
     for weight in weights:
         storage = weight.codes if isinstance(weight, GroupedInt) else weight.values
-        if not storage.is_cpu or storage.numel() == 0:
-            raise ValueError(f"a weight must lie on the CPU and hold something, it is {list(storage.shape)} on {storage.device}")
+        if storage.ndim != 2 or storage.size == 0:
+            raise ValueError(f"a weight must be a matrix and hold something, it is {list(storage.shape)}")
         if weight.shape[1] != inputs:
             raise ValueError(f"weights of {weight.shape[1]} and {inputs} inputs cannot be stacked")
     if bias is not None:
         if bias.shape != (outputs,):
             raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs")
-        bias = torch.tensor(bias, dtype=torch.float32)
+        bias = np.ascontiguousarray(bias, np.float32)
     integers = [_checked(weight) for weight in weights if isinstance(weight, GroupedInt)]
     if len(integers) == len(weights) and len({(one.group, one.minimums is None) for one in integers}) == 1:
         return _pack_integers(engine, integers, outputs, inputs, bias)
-    dense = [weight.values if isinstance(weight, Dense) else weight.dequantize() for weight in weights]
-    if len({values.dtype for values in dense}) > 1:
-        dense = [values.float() for values in dense]
-    if dense[0].dtype not in _FLOATS:
-        raise ValueError(f"a weight of {dense[0].dtype} has no kernel: use float32, bfloat16 or float16")
-    values = _panels_of(engine, dense)
-    native = _native.Linear(_FLOATS[values.dtype], outputs, inputs, inputs, 0, False, values.data_ptr(), 0, 0, _address(bias))
+    dense = [weight if isinstance(weight, Dense) else Dense(weight.dequantize()) for weight in weights]
+    kinds = {weight.dtype for weight in dense}
+    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    values = _panels_of(engine, [weight.values if weight.dtype == kind else weight.dequantize() for weight in dense])
+    native = _native.Linear(_FLOATS[kind], outputs, inputs, inputs, 0, False, values.ctypes.data, 0, 0, _address(bias))
     return Packed(native, outputs, inputs, (values, None, None, bias))
 
 
-def _pack_integers(engine: _native.Engine, weights: list[GroupedInt], outputs: int, inputs: int, bias: torch.Tensor | None) -> Packed:
+def _pack_integers(engine: _native.Engine, weights: list[GroupedInt], outputs: int, inputs: int, bias: np.ndarray | None) -> Packed:
     group, offset = weights[0].group, 0
     scales = [weight.scales for weight in weights]
     minimums = None if weights[0].minimums is None else [weight.minimums for weight in weights if weight.minimums is not None]
-    halves = all(torch.equal(values.half().float(), values) for values in (*scales, *(minimums or ())))
-    kept = torch.float16 if halves else torch.float32
-    packed_scales = _panels_of(engine, [values.to(kept) for values in scales])
-    packed_minimums = None if minimums is None else _panels_of(engine, [values.to(kept) for values in minimums])
+    halves = all(_fits_half(values) for values in (*scales, *(minimums or ())))
+    kept = np.float16 if halves else np.float32
+    packed_scales = _panels_of(engine, [values.astype(kept) for values in scales])
+    packed_minimums = None if minimums is None else _panels_of(engine, [values.astype(kept) for values in minimums])
     lowest, highest = min(int(weight.codes.min()) for weight in weights), max(int(weight.codes.max()) for weight in weights)
     # An offset stands in for the minimum, so signed codes that also have minimums are not packed two to a byte.
     offset = 8 if lowest < 0 else 0
     if lowest + offset >= 0 and highest + offset <= 15 and group % 2 == 0 and not (offset and minimums):
         form, codes = _INT4, _stacked([weight.codes for weight in weights])
-        values = torch.empty(_panels(outputs), inputs // 2, PANEL, dtype=torch.uint8)
-        engine.pack_nibbles(codes.data_ptr(), outputs, inputs, offset, values.data_ptr())
+        values = np.empty((_panels(outputs), inputs // 2, PANEL), np.uint8)
+        engine.pack_nibbles(codes.ctypes.data, outputs, inputs, offset, values.ctypes.data)
     else:
         form, offset, values = _INT8, 0, _panels_of(engine, [weight.codes for weight in weights])
     storage = values, packed_scales, packed_minimums, bias
-    addresses = values.data_ptr(), _address(packed_scales), _address(packed_minimums), _address(bias)
+    addresses = values.ctypes.data, _address(packed_scales), _address(packed_minimums), _address(bias)
     return Packed(_native.Linear(form, outputs, inputs, group, offset, halves, *addresses), outputs, inputs, storage)
 
 
@@ -93,29 +91,34 @@ def _checked(weight: GroupedInt) -> GroupedInt:
     groups = (outputs, inputs // max(weight.group, 1))
     if weight.group < 1 or inputs % weight.group:
         raise ValueError(f"{inputs} inputs cannot be cut into groups of {weight.group}")
-    if weight.codes.dtype is not torch.int8:
+    if weight.codes.dtype != np.int8:
         raise ValueError(f"codes must be int8, they are {weight.codes.dtype}")
     for name, values in (("scales", weight.scales), ("minimums", weight.minimums)):
-        if values is not None and (values.dtype is not torch.float32 or values.shape != groups):
+        if values is not None and (values.dtype != np.float32 or values.shape != groups):
             raise ValueError(f"{name} must be float32 {groups}, they are {values.dtype} {tuple(values.shape)}")
     return weight
 
 
-def _panels_of(engine: _native.Engine, parts: list[torch.Tensor]) -> torch.Tensor:
+def _panels_of(engine: _native.Engine, parts: list[np.ndarray]) -> np.ndarray:
     """Tensors [N, X] of one type, stacked: [panels, X, PANEL]."""
     values = _stacked(parts)
-    packed = torch.empty(_panels(values.shape[0]), values.shape[1], PANEL, dtype=values.dtype)
-    engine.pack(values.data_ptr(), values.shape[0], values.shape[1], values.element_size(), packed.data_ptr())
+    packed = np.empty((_panels(values.shape[0]), values.shape[1], PANEL), values.dtype)
+    engine.pack(values.ctypes.data, values.shape[0], values.shape[1], values.itemsize, packed.ctypes.data)
     return packed
 
 
-def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+def _stacked(parts: list[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
 
 
 def _panels(outputs: int) -> int:
     return -(-outputs // PANEL)
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(tensor: np.ndarray | None) -> int:
+    return 0 if tensor is None else tensor.ctypes.data
+
+
+def _fits_half(values: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(np.float16).astype(np.float32), values)

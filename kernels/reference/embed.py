@@ -17,5 +17,5 @@ class Table:
 
 def embed(ids: torch.Tensor, table: Table, scale: float) -> torch.Tensor:
     """Rows `ids` (int32 [T]) of the table, times `scale`: float32 [T, H]."""
-    values = table.weight.take(ids).dequantize().to(table.device)
+    values = torch.from_numpy(table.weight.take(ids.cpu().numpy()).dequantize()).to(table.device)
     return values if scale == 1.0 else values * scale

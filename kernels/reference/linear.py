@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from headrace.kernels.reference.tiles import ALIGN, pad_last, padded, product, trusted_tiles
-from headrace.kernels.weights import Dense, Weight
-
-_CACHE_LINE = 64
+from headrace.kernels.reference.tiles import pad_last, padded, product, trusted_tiles
+from headrace.kernels.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +22,7 @@ class PreparedLinear:
 
 
 def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device) -> PreparedLinear:
-    """Stack the weights along N in float32. A single aligned float32 weight on the same device is shared, not copied."""
+    """Stack the weights along N in float32."""
     inputs = weights[0].shape[1]
     for weight in weights:
         if weight.shape[1] != inputs:
@@ -32,24 +30,11 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
     outputs = sum(weight.shape[0] for weight in weights)
     if bias is not None and tuple(bias.shape) != (outputs,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs")
-    matrix = _shared(weights, device)
-    if matrix is None:
-        matrix = torch.empty(padded(outputs), padded(inputs), dtype=torch.float32, device=device)
-        matrix[outputs:] = 0
-        matrix[:, inputs:] = 0
-        for weight, rows in zip(weights, matrix[:outputs, :inputs].split([weight.shape[0] for weight in weights]), strict=True):
-            weight.to(device).dequantize(rows)
+    matrix = torch.zeros(padded(outputs), padded(inputs), dtype=torch.float32, device=device)
+    for weight, rows in zip(weights, matrix[:outputs, :inputs].split([weight.shape[0] for weight in weights]), strict=True):
+        rows.copy_(torch.from_numpy(np.require(weight.dequantize(), requirements="CW")))
     offsets = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=device)
     return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()))
-
-
-def _shared(weights: Sequence[Weight], device: torch.device) -> torch.Tensor | None:
-    """The one weight's own storage, where it can serve as it stands."""
-    match weights:
-        case [Dense(values)] if values.dtype == torch.float32 and values.device == device and values.is_contiguous():
-            fits = values.shape[0] % ALIGN == 0 and values.shape[1] % ALIGN == 0 and values.data_ptr() % _CACHE_LINE == 0
-            return values if fits else None
-    return None
 
 
 def linear(x: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from headrace.kernels.ops import Batch, HeadShape
 from headrace.kernels.reference.step import KVPages, StepTokens
+from headrace.kernels.weights import Dense, GroupedInt
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -14,6 +15,20 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def int32(values: list) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def dense(values: torch.Tensor) -> Dense:
+    """A plain weight of these values, stored in their type."""
+    return Dense(values.view(torch.uint16).numpy() if values.dtype == torch.bfloat16 else values.numpy())
+
+
+def grouped_int(codes: torch.Tensor, scales: torch.Tensor, minimums: torch.Tensor | None, group: int, bits: int) -> GroupedInt:
+    return GroupedInt(codes.numpy(), scales.numpy(), None if minimums is None else minimums.numpy(), group, bits)
+
+
+def values_of(weight: Dense | GroupedInt) -> torch.Tensor:
+    """The weight in float32."""
+    return torch.from_numpy(weight.dequantize())
 
 
 @dataclass(frozen=True)

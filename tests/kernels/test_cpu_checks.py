@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.kernels.ops import HeadShape, RopeTable
-from headrace.kernels.weights import Dense, GroupedInt
 from tests.kernels.eager import NativeOps
-from tests.kernels.paged import int32, paged, random
+from tests.kernels.paged import dense, grouped_int, int32, paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 OPS = NativeOps(1)
@@ -19,7 +18,7 @@ HEADS = HeadShape(4, 2, 16)
 BATCH = paged(HEADS, 8, [20, 9], [3, 1])
 """Four tokens of two requests on eight pages."""
 ROPE = RopeTable(random(32, 8), random(32, 8), False)
-PACKED = OPS.prepare([Dense(random(8, 16))])
+PACKED = OPS.prepare([dense(random(8, 16))])
 FLOATS = random(4, 64)
 X = random(4, 16)
 QKV = random(4, 128)
@@ -129,19 +128,18 @@ SCALES = torch.ones(8, 2)
     ("message", "weights", "bias"),
     [
         ("at least one weight", [], None),
-        ("weights of 16 and 32 inputs", [Dense(random(8, 32)), Dense(random(8, 16))], None),
-        ("weight", [Dense(random(8, 0))], None),
-        ("weight", [Dense(random(0, 8))], None),
-        ("weight", [Dense(random(8, 8).double())], None),
-        ("weight", [Dense(random(8, 8).to("meta"))], None),
-        ("bias", [Dense(random(8, 16))], torch.zeros(7)),
-        ("bias", [Dense(random(8, 16))], torch.zeros(8, 1)),
-        ("codes", [GroupedInt(CODES.to(torch.uint8), SCALES, None, 16, 4)], None),
-        ("scales", [GroupedInt(CODES, torch.ones(8, 3), None, 16, 4)], None),
-        ("scales", [GroupedInt(CODES, SCALES.half(), None, 16, 4)], None),
-        ("minimums", [GroupedInt(CODES, SCALES, torch.ones(7, 2), 16, 4)], None),
-        ("group", [GroupedInt(CODES, SCALES, None, 12, 4)], None),
-        ("group", [GroupedInt(CODES, SCALES, None, 0, 4)], None),
+        ("weights of 16 and 32 inputs", [dense(random(8, 32)), dense(random(8, 16))], None),
+        ("weight", [dense(random(8, 0))], None),
+        ("weight", [dense(random(0, 8))], None),
+        ("weight", [dense(random(8, 8).double())], None),
+        ("bias", [dense(random(8, 16))], torch.zeros(7)),
+        ("bias", [dense(random(8, 16))], torch.zeros(8, 1)),
+        ("codes", [grouped_int(CODES.to(torch.uint8), SCALES, None, 16, 4)], None),
+        ("scales", [grouped_int(CODES, torch.ones(8, 3), None, 16, 4)], None),
+        ("scales", [grouped_int(CODES, SCALES.half(), None, 16, 4)], None),
+        ("minimums", [grouped_int(CODES, SCALES, torch.ones(7, 2), 16, 4)], None),
+        ("group", [grouped_int(CODES, SCALES, None, 12, 4)], None),
+        ("group", [grouped_int(CODES, SCALES, None, 0, 4)], None),
     ],
 )
 def test_a_weight_that_does_not_fit_is_refused(message, weights, bias):

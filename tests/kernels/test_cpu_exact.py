@@ -8,7 +8,7 @@ import torch
 
 from headrace.kernels.weights import GroupedInt
 from tests.kernels.eager import NativeOps
-from tests.kernels.paged import int32, random
+from tests.kernels.paged import grouped_int, int32, random, values_of
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 OUTPUTS, INPUTS = 37, 288
@@ -29,7 +29,7 @@ def integers(bits: int, low: int, group: int, two_levels: bool, minimum: bool) -
         values = random(OUTPUTS, INPUTS // group, seed=seed).half().float()
         return values * torch.randint(33, 64, values.shape, generator=draw) if two_levels else values
 
-    return GroupedInt(codes, level(1), level(2) if minimum else None, group, bits)
+    return grouped_int(codes, level(1), level(2) if minimum else None, group, bits)
 
 
 FORMS = {
@@ -47,7 +47,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_value_comes_back_as_it_dequantizes(ops, form):
     weight = FORMS[form]
-    packed, identity, expected = ops.prepare([weight]), torch.eye(INPUTS), weight.dequantize()
+    packed, identity, expected = ops.prepare([weight]), torch.eye(INPUTS), values_of(weight)
     assert torch.equal(ops.linear(identity, packed).T, expected)
     assert torch.equal(torch.cat([ops.linear(row, packed) for row in identity.split(1)]).T, expected)
     assert torch.equal(ops.embed(int32(list(range(OUTPUTS))), ops.prepare_table(weight)), expected)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.kernels.ops import HeadShape, RopeTable
-from headrace.kernels.weights import Dense, GroupedInt
+from headrace.kernels.weights import GroupedInt
 from tests.kernels.eager import NativeOps
-from tests.kernels.paged import Paged, paged, random
+from tests.kernels.paged import Paged, dense, grouped_int, paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 ENGINES = {isa: [NativeOps(threads, isa) for threads in (1, 2, 3)] for isa in cpu.INSTRUCTION_SETS}
@@ -18,13 +18,13 @@ NORM = random(WIDTH, seed=4)
 
 def integers(bits: int, low: int, minimum: bool) -> GroupedInt:
     codes = torch.randint(low, low + 2**bits, (83, WIDTH), generator=torch.Generator().manual_seed(bits), dtype=torch.int8)
-    return GroupedInt(codes, random(83, WIDTH // 32), random(83, WIDTH // 32, seed=1) if minimum else None, 32, bits)
+    return grouped_int(codes, random(83, WIDTH // 32), random(83, WIDTH // 32, seed=1) if minimum else None, 32, bits)
 
 
 WEIGHTS = {
-    "float32": Dense(random(83, WIDTH)),
-    "bfloat16": Dense(random(83, WIDTH).bfloat16()),
-    "float16": Dense(random(83, WIDTH).half()),
+    "float32": dense(random(83, WIDTH)),
+    "bfloat16": dense(random(83, WIDTH).bfloat16()),
+    "float16": dense(random(83, WIDTH).half()),
     "4 bits": integers(4, -8, False),
     "4 bits and minimums": integers(4, 0, True),
     "8 bits": integers(8, -128, False),
@@ -75,7 +75,7 @@ def test_any_rows_of_a_product_are_what_they_are_alone(engines, form, rows, seed
 def test_an_output_does_not_depend_on_the_outputs_stacked_beside_it(engines):
     first, second = (
         WEIGHTS["4 bits and minimums"],
-        GroupedInt(*(random(5, 1).expand(5, WIDTH).char(), *([random(5, WIDTH // 32)] * 2)), 32, 4),
+        grouped_int(*(random(5, 1).expand(5, WIDTH).char(), *([random(5, WIDTH // 32)] * 2)), 32, 4),
     )
     x = random(9, WIDTH, seed=3)
     alone = engines[0].linear(x, engines[0].prepare([first]))

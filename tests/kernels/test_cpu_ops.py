@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from headrace.kernels.ops import HeadShape, RopeTable
-from headrace.kernels.weights import Dense, GroupedInt, Weight
+from headrace.kernels.weights import GroupedInt, Weight
 from tests.kernels.eager import NativeOps, ReferenceOps
-from tests.kernels.paged import int32, paged, random
+from tests.kernels.paged import dense, grouped_int, int32, paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 REFERENCE = ReferenceOps()
@@ -26,7 +26,7 @@ def grouped(n: int, k: int, group: int, bits: int, low: int, minimum: bool) -> G
     codes = torch.randint(low, low + 2**bits, (n, k), generator=torch.Generator().manual_seed(n + k), dtype=torch.int8)
     codes[0, 0], codes[-1, -1] = low, low + 2**bits - 1
     scales, minimums = random(n, k // group) / 2**bits, random(n, k // group, seed=1)
-    return GroupedInt(codes, scales, minimums if minimum else None, group, bits)
+    return grouped_int(codes, scales, minimums if minimum else None, group, bits)
 
 
 def assert_linear_agrees(ops, weights: list[Weight], rows: int, bias: torch.Tensor | None = None) -> None:
@@ -38,14 +38,14 @@ def assert_linear_agrees(ops, weights: list[Weight], rows: int, bias: torch.Tens
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 11, 12, 13, 97, 200])
 def test_linear_multiplies_any_number_of_rows(ops, rows):
     assert_linear_agrees(ops, [grouped(40, 288, 32, 4, 0, True)], rows)
-    assert_linear_agrees(ops, [Dense(random(40, 299))], rows)
+    assert_linear_agrees(ops, [dense(random(40, 299))], rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 7), (16, 255), (17, 256), (33, 257), (200, 513)])
 def test_linear_multiplies_floats_of_any_shape(ops, dtype, n, k):
     for rows in (1, 4, 9):
-        assert_linear_agrees(ops, [Dense(random(n, k).to(dtype))], rows, random(n, seed=3))
+        assert_linear_agrees(ops, [dense(random(n, k).to(dtype))], rows, random(n, seed=3))
 
 
 FORMS = [
@@ -78,7 +78,7 @@ def test_groups_of_an_odd_size_are_served(ops, group):
 
 def test_weights_are_stacked_in_order_whatever_their_forms(ops):
     q4, other, q8 = grouped(24, 64, 32, 4, 0, True), grouped(7, 64, 32, 4, 0, True), grouped(9, 64, 32, 8, -128, False)
-    half, single = Dense(random(5, 64).half()), Dense(random(6, 64))
+    half, single = dense(random(5, 64).half()), dense(random(6, 64))
     for weights in ([q4, other], [q4, q8], [q8, half], [half, single], [half, half], [single, q4, half]):
         outputs = sum(weight.shape[0] for weight in weights)
         for rows in (1, 7):
@@ -95,13 +95,13 @@ def test_every_value_of_a_small_float_is_widened_exactly(ops, dtype):
     """All 65,536 bit patterns, subnormals, infinities and NaNs included, each multiplied by one."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
     for rows in (1, 2):
-        out = ops.linear(torch.ones(rows, 1), ops.prepare([Dense(values)]))
+        out = ops.linear(torch.ones(rows, 1), ops.prepare([dense(values)]))
         for row in out:
             torch.testing.assert_close(row, values[:, 0].float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_infinities_and_nans_reach_the_outputs_they_belong_to_and_no_others(ops):
-    weight = ops.prepare([Dense(random(20, 40))])
+    weight = ops.prepare([dense(random(20, 40))])
     x = random(9, 40, seed=1)
     clean = ops.linear(x, weight)
     x[3, 17], x[6, 0] = torch.nan, torch.inf
@@ -112,7 +112,7 @@ def test_infinities_and_nans_reach_the_outputs_they_belong_to_and_no_others(ops)
 
 
 def test_no_rows_give_no_rows(ops):
-    weight, norm, none = ops.prepare([Dense(random(5, 8))]), torch.ones(8), torch.empty(0, 8)
+    weight, norm, none = ops.prepare([dense(random(5, 8))]), torch.ones(8), torch.empty(0, 8)
     assert ops.linear(none, weight).shape == (0, 5)
     assert ops.rmsnorm(none, norm, 1e-5).shape == (0, 8)
     assert ops.gated(none, "silu").shape == (0, 4)
@@ -148,7 +148,7 @@ def test_a_gate_that_is_not_a_number_stays_one(ops, activation):
     assert ops.gated(x, activation).isnan().tolist() == [[True, *[False] * 7, True]]
 
 
-@pytest.mark.parametrize("table", [Dense(random(50, 24)), Dense(random(50, 24).half()), grouped(50, 64, 32, 8, -128, False)])
+@pytest.mark.parametrize("table", [dense(random(50, 24)), dense(random(50, 24).half()), grouped(50, 64, 32, 8, -128, False)])
 def test_embedding_rows_are_the_reference_s_to_the_bit(ops, table):
     ids = int32([49, 0, 3, 3, *range(40)])
     for scale in (1.0, 4.9):

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.kernels.weights import Dense
 from tests.kernels.eager import NativeOps
-from tests.kernels.paged import random
+from tests.kernels.paged import dense, random, values_of
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 
-WEIGHT = Dense(random(640, 24))
+WEIGHT = dense(random(640, 24))
 """Some ten units of work, of less than a microsecond each."""
 X = random(5, 24)
 MANY = 4
@@ -47,7 +46,7 @@ def test_no_thread_outlives_its_engine():
 
 def test_engines_side_by_side_do_not_mix_their_jobs():
     engines = [NativeOps(2) for _ in range(6)]
-    packed = [ops.prepare([Dense(WEIGHT.values * n)]) for n, ops in enumerate(engines)]
+    packed = [ops.prepare([dense(values_of(WEIGHT) * n)]) for n, ops in enumerate(engines)]
     expected = engines[0].linear(X, engines[0].prepare([WEIGHT]))
     for _ in range(100):
         for n, ops in enumerate(engines):
@@ -76,7 +75,7 @@ def test_threads_of_python_may_share_an_engine():
 def test_python_goes_on_while_an_op_computes():
     """The GIL is released: another thread can count, and the op ends as if nothing had been."""
     ops = NativeOps(1)
-    packed = ops.prepare([Dense(random(2048, 512))])
+    packed = ops.prepare([dense(random(2048, 512))])
     x = random(256, 512)
     started, done, counted = threading.Event(), threading.Event(), 0
 

@@ -9,9 +9,8 @@ from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference import tiles
 from headrace.kernels.reference.attention import SPLIT
 from headrace.kernels.reference.step import KVPages
-from headrace.kernels.weights import Dense
 from tests.kernels.eager import ReferenceOps
-from tests.kernels.paged import Extents
+from tests.kernels.paged import Extents, dense
 
 OPS = ReferenceOps()
 
@@ -32,7 +31,7 @@ def int32(values: list) -> torch.Tensor:
 
 
 WIDTH, BIAS, NORM = 98, random(61), random(98, seed=4)
-LINEAR = OPS.prepare([Dense(random(61, WIDTH))], BIAS)
+LINEAR = OPS.prepare([dense(random(61, WIDTH))], BIAS)
 ROW_OPS = {
     "linear": lambda x: OPS.linear(x, LINEAR),
     "rmsnorm": lambda x: OPS.rmsnorm(x, NORM, 1e-6),
@@ -61,7 +60,7 @@ def test_any_rows_of_a_batch_are_what_they_are_alone(name, rows, seed, count):
 
 @pytest.mark.parametrize(("n", "k"), [(960, 576), (3072, 576), (576, 1536), (1024, 2048)])
 def test_products_of_real_shapes_do_not_depend_on_rows_or_threads(n, k):
-    weight, x = OPS.prepare([Dense(random(n, k))]), random(70, k)
+    weight, x = OPS.prepare([dense(random(n, k))]), random(70, k)
     torch.set_num_threads(1)
     whole = OPS.linear(x, weight)
     for count in (1, 2, 3):

@@ -6,9 +6,9 @@ import torch
 from headrace.kernels.ops import HeadShape, RopeTable
 from headrace.kernels.reference.exact import exp, row_sum
 from headrace.kernels.reference.step import KVPages
-from headrace.kernels.weights import Dense, GroupedInt
+from headrace.kernels.weights import GroupedInt
 from tests.kernels.eager import ReferenceOps
-from tests.kernels.paged import Extents
+from tests.kernels.paged import Extents, dense, grouped_int, values_of
 
 OPS = ReferenceOps()
 
@@ -27,7 +27,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def grouped(n: int, k: int, group: int, seed: int = 0) -> GroupedInt:
     codes = torch.randint(0, 16, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    return GroupedInt(codes, random(n, k // group, seed=seed), random(n, k // group, seed=seed + 1), group, 4)
+    return grouped_int(codes, random(n, k // group, seed=seed), random(n, k // group, seed=seed + 1), group, 4)
 
 
 def test_exp_is_within_two_units_in_the_last_place_over_its_whole_range():
@@ -52,32 +52,28 @@ def test_row_sum_sums_rows_of_any_length(length):
 @pytest.mark.parametrize("rows", [1, 8, 9, 70])
 def test_linear_multiplies_stacked_weights_and_adds_the_bias(n, k, rows):
     first, second, bias, x = random(n, k), random(5, k, seed=1), random(n + 5, seed=2), random(rows, k, seed=3)
-    out = OPS.linear(x, OPS.prepare([Dense(first), Dense(second.bfloat16())], bias))
+    out = OPS.linear(x, OPS.prepare([dense(first), dense(second.bfloat16())], bias))
     close(out, x.double() @ torch.cat((first, second.bfloat16())).double().t() + bias.double())
-
-
-def test_an_aligned_float32_weight_is_shared_and_not_copied():
-    values = random(64, 32)
-    assert OPS.prepare([Dense(values)]).matrix.data_ptr() == values.data_ptr()
 
 
 def test_weights_of_different_inputs_cannot_be_stacked():
     with pytest.raises(ValueError, match="weights of 16 and 32 inputs"):
-        OPS.prepare([Dense(random(8, 32)), Dense(random(8, 16))])
+        OPS.prepare([dense(random(8, 32)), dense(random(8, 16))])
 
 
 def test_integer_weights_multiply_as_their_dequantized_values():
     weight, x = grouped(48, 64, 16), random(3, 64)
-    values = weight.codes.view(48, 4, 16) * weight.scales.unsqueeze(-1) + weight.minimums.unsqueeze(-1)
-    assert torch.equal(weight.dequantize(), values.view(48, 64))
-    close(OPS.linear(x, OPS.prepare([weight])), x.double() @ values.view(48, 64).double().t())
+    codes, scales, minimums = (torch.from_numpy(part) for part in (weight.codes, weight.scales, weight.minimums))
+    values = (codes.view(48, 4, 16) * scales.unsqueeze(-1) + minimums.unsqueeze(-1)).view(48, 64)
+    assert torch.equal(values_of(weight), values)
+    close(OPS.linear(x, OPS.prepare([weight])), x.double() @ values.double().t())
 
 
 def test_embedding_rows_are_dequantized_and_scaled_once():
     weight = grouped(20, 32, 16)
     ids = int32(3, 0, 19, 3)
-    assert torch.equal(OPS.embed(ids, OPS.prepare_table(weight)), weight.dequantize()[ids.long()])
-    assert torch.equal(OPS.embed(ids, OPS.prepare_table(weight), 1.7), weight.dequantize()[ids.long()] * 1.7)
+    assert torch.equal(OPS.embed(ids, OPS.prepare_table(weight)), values_of(weight)[ids.long()])
+    assert torch.equal(OPS.embed(ids, OPS.prepare_table(weight), 1.7), values_of(weight)[ids.long()] * 1.7)
 
 
 def test_rmsnorm_and_the_residual_sum():

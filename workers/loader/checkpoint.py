@@ -10,7 +10,7 @@ asked for: a rank that asks for its share touches only the pages of its share.
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.kernels.weights import Weight
@@ -43,7 +43,7 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def vector(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def vector(self, name: str, rows: slice | None = None) -> np.ndarray:
         """A norm, a bias or a table of frequencies in float32; shares the file's memory when it is stored so. Read only."""
         ...
 

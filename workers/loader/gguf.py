@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from headrace.engine.checkpoint.gguf import GGUFFile, TensorInfo
 from headrace.engine.errors import UserError
-from headrace.kernels.weights import Dense, Weight
+from headrace.kernels.weights import Dense, Weight, widened
 from headrace.workers.quant import ggml
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+"""How each is held: see `headrace.kernels.weights.Dense`."""
 
 
 class GGUFCheckpoint:
@@ -40,7 +40,7 @@ class GGUFCheckpoint:
             raise UserError(f"{self.path}: tensor {name!r} has the shape {list(info.shape)} where a matrix is expected")
         data = self._file.tensor_bytes(name)
         if dtype := FLOATS.get(info.type):
-            values = torch.frombuffer(data, dtype=dtype).view(info.shape)
+            values = np.frombuffer(data, dtype).reshape(info.shape)
             return Dense(values[rows or slice(None), columns or slice(None)])
         self._check_type(info)
         packed = np.frombuffer(data, np.uint8).reshape(info.shape[0], -1)
@@ -49,16 +49,16 @@ class GGUFCheckpoint:
         except ValueError as error:
             raise UserError(f"{self.path}: tensor {name!r} cannot be cut there: {error}") from None
 
-    def vector(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def vector(self, name: str, rows: slice | None = None) -> np.ndarray:
         info = self._info(name)
         if len(info.shape) != 1:
             raise UserError(f"{self.path}: tensor {name!r} has the shape {list(info.shape)} where a vector is expected")
         data = self._file.tensor_bytes(name)
         if dtype := FLOATS.get(info.type):
-            values = torch.frombuffer(data, dtype=dtype).float()
+            values = widened(np.frombuffer(data, dtype))
         else:
             self._check_type(info)
-            values = ggml.unpack(info.type, np.frombuffer(data, np.uint8).reshape(1, -1)).dequantize().view(-1)
+            values = ggml.unpack(info.type, np.frombuffer(data, np.uint8).reshape(1, -1)).dequantize().ravel()
         return values[rows or slice(None)]
 
     def _info(self, name: str) -> TensorInfo:

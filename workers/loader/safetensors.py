@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from headrace.engine.checkpoint.hf import StoredTensor, read_config, read_tensors
 from headrace.engine.errors import UserError
-from headrace.kernels.weights import Dense, Weight
+from headrace.kernels.weights import Dense, Weight, widened
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
+"""How each is held: see `headrace.kernels.weights.Dense`."""
 
 
 class SafetensorsCheckpoint:
@@ -36,22 +37,22 @@ class SafetensorsCheckpoint:
 
     def weight(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Weight:
         values = self._view(name)
-        if values.dim() != 2:
+        if values.ndim != 2:
             raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a matrix is expected")
         return Dense(values[rows or slice(None), columns or slice(None)])
 
-    def vector(self, name: str, rows: slice | None = None) -> torch.Tensor:
+    def vector(self, name: str, rows: slice | None = None) -> np.ndarray:
         values = self._view(name)
-        if values.dim() != 1:
+        if values.ndim != 1:
             raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a vector is expected")
-        return values[rows or slice(None)].float()
+        return widened(values[rows or slice(None)])
 
     def _stored(self, name: str) -> StoredTensor:
         if (stored := self._tensors.get(name)) is None:
             raise UserError(f"{self.path} has no tensor {name!r}: the files do not fit the architecture in config.json")
         return stored
 
-    def _view(self, name: str) -> torch.Tensor:
+    def _view(self, name: str) -> np.ndarray:
         stored = self._stored(name)
         dtype = FLOATS.get(stored.dtype)
         if dtype is None:
@@ -59,7 +60,7 @@ class SafetensorsCheckpoint:
         data = memoryview(self._mapped(stored.file))[stored.offset : stored.offset + stored.nbytes]
         if stored.offset % dtype.itemsize:
             data = bytearray(data)  # The format asks for no alignment, kernels do.
-        return torch.frombuffer(data, dtype=dtype).view(stored.shape)
+        return np.frombuffer(data, dtype).reshape(stored.shape)
 
     def _mapped(self, file: Path) -> mmap.mmap:
         """One mapping a file, private and never written to (see `headrace.engine.checkpoint.gguf`)."""

@@ -6,7 +6,7 @@ reads nothing else.
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class RopeConfig:
     `attention_factor` multiplies cos and sin (yarn).
     """
 
-    inverse_frequencies: torch.Tensor
+    inverse_frequencies: np.ndarray
     interleaved: bool
     attention_factor: float = 1.0
 

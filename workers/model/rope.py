@@ -4,7 +4,7 @@ Scalings: "linear" (positions divided by a factor), "llama3" (long wavelengths o
 and, in GGUF files, a divisor for each frequency. "dynamic" changes the frequencies once a text outgrows the model's own context;
 as a model is never served beyond it, there the plain ones hold. Others ("longrope", …) are refused by name.
 
-Frequencies are computed in float32 and in the order that `transformers` uses, so that they agree to the bit.
+Frequencies are float32 and computed in the order that `transformers` uses; powers are rounded from float64.
 """
 
 import math
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from headrace.engine.errors import UserError
 from headrace.kernels.ops import RopeTable
@@ -20,27 +19,30 @@ from headrace.workers.loader import Checkpoint
 from headrace.workers.model.config import RopeConfig
 from headrace.workers.model.metadata import Lookup
 
-_BLOCK = 64
-"""Positions whose cosines are computed in one call of fixed shape, so that a row's bits do not depend on the table's length."""
 
-
-def plain_frequencies(theta: float, dim: int) -> torch.Tensor:
+def plain_frequencies(theta: float, dim: int) -> np.ndarray:
     """theta^(-2i / dim) for i < dim / 2, float32."""
-    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    return np.float32(1) / _steps(theta, dim)
 
 
-def llama3_frequencies(plain: torch.Tensor, factor: float, low: float, high: float, original_context: float) -> torch.Tensor:
+def _steps(theta: float, dim: int) -> np.ndarray:
+    """theta^(2i / dim) for i < dim / 2, float32."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+
+
+def llama3_frequencies(plain: np.ndarray, factor: float, low: float, high: float, original_context: float) -> np.ndarray:
     """Divide by `factor` where the wavelength exceeds original_context / low, ramping down to nothing at original_context / high."""
-    wavelength = 2 * math.pi / plain
+    wavelength = np.float32(2 * math.pi) / plain
     smooth = (original_context / wavelength - low) / (high - low)
     blended = (1 - smooth) * plain / factor + smooth * plain
     long, short = wavelength > original_context / low, wavelength < original_context / high
-    return torch.where(long, plain / factor, torch.where(short, plain, blended))
+    return np.where(long, plain / factor, np.where(short, plain, blended)).astype(np.float32)
 
 
 def yarn_frequencies(
     theta: float, dim: int, factor: float, original_context: float, fast: float = 32.0, slow: float = 1.0, whole: bool = True
-) -> torch.Tensor:
+) -> np.ndarray:
     """Divide by `factor` the frequencies that turn less than `slow` times in the original context, keep those that turn more than
     `fast` times, and ramp between, with the ramp's ends rounded outwards where `whole`."""
 
@@ -51,10 +53,10 @@ def yarn_frequencies(
     if whole:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)).clamp(0, 1)
-    steps = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001), 0, 1)
+    steps = _steps(theta, dim)
     kept = 1 - ramp
-    return 1.0 / (factor * steps) * (1 - kept) + 1.0 / steps * kept
+    return (1.0 / (factor * steps) * (1 - kept) + 1.0 / steps * kept).astype(np.float32)
 
 
 def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
@@ -74,7 +76,7 @@ def huggingface_rope(settings: Mapping[str, Any], theta: float, dim: int, contex
         case "default" | "dynamic":
             return RopeConfig(plain, interleaved=False)
         case "linear":
-            return RopeConfig(plain / look.real("factor"), interleaved=False)
+            return RopeConfig(plain / np.float32(look.real("factor")), interleaved=False)
         case "llama3":
             original = look.real("original_max_position_embeddings", context)
             scaled = llama3_frequencies(plain, look.real("factor"), look.real("low_freq_factor"), look.real("high_freq_factor"), original)
@@ -102,7 +104,7 @@ def gguf_rope(checkpoint: Checkpoint, look: Lookup, dim: int, interleaved: bool)
     if "rope_freqs.weight" in checkpoint:
         divisors = checkpoint.vector("rope_freqs.weight")
         if divisors.shape != plain.shape:
-            raise UserError(f"rope_freqs.weight has {divisors.numel()} values for {plain.numel()} frequencies: the file is corrupt")
+            raise UserError(f"rope_freqs.weight has {divisors.size} values for {plain.size} frequencies: the file is corrupt")
         plain = plain / divisors
     kind = look.get("rope.scaling.type", "linear" if look.get("rope.scaling.factor") or look.get("rope.scale_linear") else "none")
     match kind:
@@ -110,7 +112,7 @@ def gguf_rope(checkpoint: Checkpoint, look: Lookup, dim: int, interleaved: bool)
             return RopeConfig(plain, interleaved)
         case "linear":
             factor = look.real("rope.scaling.factor", look.get("rope.scale_linear", 1.0))
-            return RopeConfig(plain / factor, interleaved)
+            return RopeConfig(plain / np.float32(factor), interleaved)
         case "yarn":
             factor = look.real("rope.scaling.factor")
             original = look.real("rope.scaling.original_context_length", look.whole("context_length"))
@@ -123,11 +125,6 @@ def gguf_rope(checkpoint: Checkpoint, look: Lookup, dim: int, interleaved: bool)
 
 def rope_table(rope: RopeConfig, positions: int) -> RopeTable:
     """cos and sin of positions 0 … positions - 1."""
-    blocks = -(-positions // _BLOCK)
-    angles = torch.arange(blocks * _BLOCK, dtype=torch.float32).unsqueeze(1) * rope.inverse_frequencies
-
-    def table(function: Any) -> np.ndarray:
-        parts = [function(block.double()).float() for block in angles.split(_BLOCK)]
-        return (torch.cat(parts)[:positions] * rope.attention_factor).numpy()
-
-    return RopeTable(table(torch.cos), table(torch.sin), rope.interleaved)
+    angles = (np.arange(positions, dtype=np.float32)[:, None] * rope.inverse_frequencies).astype(np.float64)
+    scale = np.float32(rope.attention_factor)
+    return RopeTable(np.cos(angles).astype(np.float32) * scale, np.sin(angles).astype(np.float32) * scale, rope.interleaved)

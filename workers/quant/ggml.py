@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from headrace.kernels.weights import GroupedInt
 
@@ -78,8 +77,8 @@ def unpack(type_name: str, packed: Array, columns: slice | None = None) -> Group
     )
 
 
-def _trimmed(values: Array, columns: slice) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values[:, columns]))
+def _trimmed(values: Array, columns: slice) -> Array:
+    return np.ascontiguousarray(values[:, columns])
 
 
 def _half(blocks: Array, offset: int) -> Array:

@@ -168,8 +168,9 @@ class Program {
     void run(const Array& ids, const Array& positions, const Array& slots, const Array& query_start, const Array& pages, const Array& picks,
              const std::vector<Array>& inputs) {
         const int64_t tokens = ids.size(), requests = pages.ndim() == 2 ? pages.shape(0) : 0, width = requests ? pages.shape(1) : 0;
+        const int32_t* table = indices("pages", pages, 2);
         const Batch batch{indices("positions", positions, 1, tokens), indices("slots", slots, 1, tokens),
-                          indices("query_start", query_start, 1, requests + 1), indices("pages", pages, 2), tokens, requests, width};
+                          indices("query_start", query_start, 1, requests + 1), table, tokens, requests, width};
         if (batch.query_start[0] != 0 || batch.query_start[requests] != tokens)
             refuse("query_start must run from 0 to the " + std::to_string(tokens) + " tokens of the batch");
         for (int64_t r = 0; r < requests; r++)
