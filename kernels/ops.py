@@ -210,11 +210,11 @@ class Backend(Protocol):
 
     def prepare_rope(self, table: RopeTable) -> Prepared: ...
 
-    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape) -> list[KVPages]:
-        """Room for `pages` pages of `page_size` tokens in each layer, which is filled with zeros."""
+    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> list[KVPages]:
+        """Room for `pages` pages of `page_size` tokens in each layer, filled with zeros, which keep K and V in `dtype`: "f32" or "f16"."""
         ...
 
-    def page_bytes(self, layers: int, page_size: int, heads: HeadShape) -> int:
+    def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
         """Bytes that one page takes in all layers together."""
         ...
 

@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
 from headrace.kernels.cpu.packed import Packed, pack
-from headrace.kernels.cpu.pages import Pages
+from headrace.kernels.cpu.pages import Pages, page_bytes
 from headrace.kernels.cpu.recorder import CpuProgram
 
 INSTRUCTION_SETS: list[str] = _native.instruction_sets()
@@ -90,11 +90,11 @@ class CpuBackend:
             raise ValueError(f"cos {cos.shape} and sin {sin.shape} must be matrices of the same shape")
         return RopeTable(cos, sin, table.interleaved)
 
-    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape) -> list[Pages]:
-        return [Pages.new(pages, page_size, heads) for _ in range(layers)]
+    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> list[Pages]:
+        return [Pages.new(pages, page_size, heads, dtype) for _ in range(layers)]
 
-    def page_bytes(self, layers: int, page_size: int, heads: HeadShape) -> int:
-        return 2 * 4 * layers * heads.kv_heads * heads.dim * page_size
+    def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
+        return page_bytes(layers, page_size, heads, dtype)
 
     def compile(self, model: Model, kv: Sequence[Pages]) -> CpuProgram:
         return CpuProgram(self._engine, model, kv)

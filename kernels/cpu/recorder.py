@@ -126,8 +126,6 @@ class Recorder:
 
     def attention(self, q: Value, heads: HeadShape, kv: Pages, tokens: None, scale: float, window: int | None) -> Value:
         _of_tokens("q", q, heads.query_heads * heads.dim, heads)
-        if heads.dim % 8:
-            raise ValueError(f"{heads}: heads whose dim is no multiple of 8 have no native kernel")
         if window is not None and window < 1:
             raise ValueError(f"window={window}: a token sees at least itself")
         out, shape, pages = Value(TOKENS, q.width), _heads(heads), kv.checked(heads)

@@ -18,7 +18,7 @@ from headrace.kernels.reference.gated import gated
 from headrace.kernels.reference.linear import PreparedLinear, linear, prepare
 from headrace.kernels.reference.norm import rmsnorm
 from headrace.kernels.reference.rope import Rope, rope_write_kv
-from headrace.kernels.reference.step import KVPages, StepTokens
+from headrace.kernels.reference.step import TYPES, KVPages, StepTokens
 from headrace.kernels.weights import Weight
 
 
@@ -44,11 +44,11 @@ class ReferenceBackend:
     def prepare_rope(self, table: RopeTable) -> Rope:
         return Rope(torch.tensor(table.cos, device=self.device), torch.tensor(table.sin, device=self.device), table.interleaved)
 
-    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape) -> list[KVPages]:
-        return [KVPages.new(pages, page_size, heads, self.device) for _ in range(layers)]
+    def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> list[KVPages]:
+        return [KVPages.new(pages, page_size, heads, self.device, TYPES[dtype]) for _ in range(layers)]
 
-    def page_bytes(self, layers: int, page_size: int, heads: HeadShape) -> int:
-        return 2 * 4 * layers * heads.kv_heads * heads.dim * page_size
+    def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
+        return 2 * TYPES[dtype].itemsize * layers * heads.kv_heads * heads.dim * page_size
 
     def compile(self, model: Model, kv: Sequence[KVPages]) -> "ReferenceProgram":
         return ReferenceProgram(self, model, kv)

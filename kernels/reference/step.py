@@ -8,6 +8,10 @@ import torch
 from headrace.kernels.ops import Batch, HeadShape
 
 
+TYPES = {"f32": torch.float32, "f16": torch.float16}
+"""What pages can be stored in, by the name the settings give it."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepTokens:
     """`headrace.kernels.ops.Batch` on a device."""
@@ -26,17 +30,19 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True)
 class KVPages:
-    """The paged keys and values of one layer: float32 [pages, Hkv, page_size, D] each."""
+    """The paged keys and values of one layer: [pages, Hkv, page_size, D] each, of one of TYPES."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     @classmethod
-    def new(cls, pages: int, page_size: int, heads: HeadShape, device: torch.device) -> "KVPages":
+    def new(cls, pages: int, page_size: int, heads: HeadShape, device: torch.device, dtype: torch.dtype) -> "KVPages":
         """Filled with zeros. A CPU's memory is handed out when a page is first written, so that unused room costs nothing."""
         shape = (pages, heads.kv_heads, page_size, heads.dim)
 
         def room() -> torch.Tensor:
-            return torch.from_numpy(np.zeros(shape, np.float32)) if device.type == "cpu" else torch.zeros(shape, device=device)
+            if device.type == "cpu":
+                return torch.from_numpy(np.zeros(shape, np.float16 if dtype == torch.float16 else np.float32))
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(room(), room())

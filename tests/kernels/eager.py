@@ -85,7 +85,10 @@ class NativeOps(EagerOps):
     def rope_write_kv(self, qkv, heads, rope, q_norm, k_norm, eps, kv: KVPages, extents: Extents) -> torch.Tensor:
         table, q_norm, k_norm, pages = self._rope(rope), self._vector(q_norm), self._vector(k_norm), _pages(kv)
         record = lambda ops, x: [ops.rope_write_kv(x, heads, table, q_norm, k_norm, eps, pages, None)]  # noqa: E731
-        return self._run(record, [qkv], extents.batch())[0]
+        q = self._run(record, [qkv], extents.batch())[0]
+        kv.keys.copy_(torch.from_numpy(pages.keys).transpose(2, 3))
+        kv.values.copy_(torch.from_numpy(pages.values)[..., : kv.values.shape[-1]])
+        return q
 
     def attention(self, q, heads: HeadShape, kv: KVPages, extents: Extents, scale: float, window: int | None) -> torch.Tensor:
         pages = _pages(kv)
@@ -117,6 +120,8 @@ def _plain(tokens: int, ids: torch.Tensor | None = None) -> Batch:
 
 
 def _pages(kv: KVPages):
+    """A copy of the reference's pages, laid out for the native ops."""
     from headrace.kernels.cpu.pages import Pages
 
-    return Pages(kv.keys.numpy(), kv.values.numpy())
+    padding = -kv.values.shape[-1] % 8
+    return Pages(kv.keys.transpose(2, 3).contiguous().numpy(), torch.nn.functional.pad(kv.values, (0, padding)).numpy())

@@ -248,8 +248,8 @@ NB_MODULE(_native, m) {
                             Address k_norm, float eps) {
             new (self) Rope{floats(cos), floats(sin), positions, half, interleaved, floats(q_norm), floats(k_norm), eps};
         });
-    nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, int64_t pages, int64_t page_size) {
-        new (self) KV{at<float>(keys), at<float>(values), pages, page_size};
+    nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, int64_t pages, int64_t page_size, bool halves) {
+        new (self) KV{at<void>(keys), at<void>(values), pages, page_size, halves};
     });
     nb::class_<Place>(m, "Place").def("__init__", [](Place* self, int arena, int64_t start) {
         new (self) Place{static_cast<Arena>(arena), start};

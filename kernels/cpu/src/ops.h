@@ -8,6 +8,9 @@
 
 namespace headrace {
 
+// Every instruction set compiles these again, with instructions that others may lack: none may end up as a function that all share.
+#define HEADRACE_INLINE [[gnu::always_inline]]
+
 // Outputs that are computed side by side: a panel holds this many rows of a weight, interleaved by input.
 constexpr int PANEL = 16;
 
@@ -44,11 +47,16 @@ struct Heads {
     int query, kv, dim;
 };
 
-// Pages of one layer: keys and values [pages, Hkv, page_size, D].
+// Pages of one layer, in float or, where `halves`, IEEE binary16. Keys lie transposed, values are padded with zeros to whole vectors:
+//   keys    [pages][Hkv][D][page_size]
+//   values  [pages][Hkv][page_size][value_width(D)]
 struct KV {
-    float* keys;
-    float* values;
-    int64_t pages, page_size;
+    void* keys;
+    void* values;
+    int64_t pages, page_size;  // page_size is a multiple of 8
+    bool halves;
+
+    HEADRACE_INLINE int64_t value_width(int64_t dim) const { return (dim + 7) / 8 * 8; }
 };
 
 struct Rope {

@@ -37,7 +37,7 @@ struct Room {
 }  // namespace
 
 float* Pool::scratch(int slot, size_t floats) {
-    thread_local Room rooms[2];
+    thread_local Room rooms[3];
     return rooms[slot].of(floats);
 }
 

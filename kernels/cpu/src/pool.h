@@ -32,7 +32,7 @@ class Pool {
         start([](const void* context, int64_t unit) { (*static_cast<const Work*>(context))(unit); }, &work, units);
     }
 
-    // Room for `floats` floats that belongs to the calling thread until it asks for the same slot (0 or 1) again. Grows, never shrinks.
+    // Room for `floats` floats that belongs to the calling thread until it asks for the same slot (0, 1 or 2) again. Grows, never shrinks.
     static float* scratch(int slot, size_t floats);
 
   private:

@@ -45,6 +45,47 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// IEEE binary16.
+struct Half {
+    uint16_t bits;
+};
+
+inline Vec widen(const float* p) { return load(p); }
+
+#if defined(__AVX2__)
+
+inline Vec widen(const Half* p) { return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+
+inline Half narrow(float x) { return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), 0)))}; }
+
+#else
+
+// Exponents are rebased by a multiplication, which is exact, subnormals included.
+inline Vec widen(const Half* p) {
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    Bits w;
+    for (int i = 0; i < LANES; i++) w[i] = p[i].bits;
+    Vec magnitude = std::bit_cast<Vec>((w & 0x7fff) << 13) * all(0x1p112f);
+    Bits special = std::bit_cast<Bits>((w & 0x7c00) == 0x7c00) & 0x7f800000;
+    return std::bit_cast<Vec>(std::bit_cast<Bits>(magnitude) | special | (w & 0x8000) << 16);
+}
+
+// To the nearest, ties to even: adding a power of two pushes the bits that binary16 lacks out of the sum.
+inline Half narrow(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+    if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
+    if (magnitude < 0x38800000)  // a subnormal of binary16: a multiple of 2^-24
+        return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000))};
+    return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+}
+
+#endif
+
+inline void put(float* p, float x) { *p = x; }
+
+inline void put(Half* p, float x) { *p = narrow(x); }
+
 inline Vec select(Ints mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 inline Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
