@@ -1,5 +1,11 @@
 """The extension built from src/. Addresses are those of contiguous tensors, 0 for none; sizes and meaning are in src/ops.h."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
+Scores = tuple[float, list[int], list[float]]
+
 PANEL: int
 SOURCES: str
 
@@ -66,3 +72,23 @@ class Engine:
     def rmsnorm(self, x: int, residual: int, weight: int, eps: float, rows: int, width: int, sum: int, y: int, /) -> None: ...
     def gated(self, gate_up: int, rows: int, width: int, gelu: bool, y: int, /) -> None: ...
     def add(self, x: int, residual: int, count: int, sum: int, /) -> None: ...
+    def sample(
+        self,
+        logits: np.ndarray,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        repetition_penalty: Sequence[float],
+        presence_penalty: Sequence[float],
+        frequency_penalty: Sequence[float],
+        seed: Sequence[int],
+        position: Sequence[int],
+        logit_bias: Sequence[Sequence[tuple[int, float]]],
+        banned: Sequence[Sequence[int]],
+        prompt: Sequence[Sequence[int]],
+        output: Sequence[Sequence[int]],
+        logprobs: Sequence[int | None],
+        /,
+    ) -> tuple[list[int], list[Scores | None]]: ...
+    def score(self, logits: np.ndarray, tokens: Sequence[int], top: int, /) -> list[Scores]: ...

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "draws.h"
 #include "ops.h"
 #include "pack.h"
 #include "tape.h"
@@ -96,6 +97,12 @@ class Engine {
     Pool pool_;
     const Ops* ops_ = nullptr;
 };
+
+// A function of an engine's threads and ops, as a method.
+template <class Result, class... Args>
+auto on_engine(Result (*function)(Pool&, const Ops&, Args...)) {
+    return [function](Engine& self, Args... args) { return function(self.pool(), self.ops(), std::forward<Args>(args)...); };
+}
 
 // A tape, and what the arrays of a step must keep to for the ops that stand on it.
 class Program {
@@ -258,7 +265,9 @@ NB_MODULE(_native, m) {
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def("pack", &Engine::pack)
-        .def("pack_nibbles", &Engine::pack_nibbles);
+        .def("pack_nibbles", &Engine::pack_nibbles)
+        .def("sample", on_engine(sample))
+        .def("score", on_engine(score));
     nb::class_<Program>(m, "Program")
         .def(nb::init<Engine&>(), nb::keep_alive<1, 2>())
         .def("reserve", [](Program& self, int arena, int64_t floats) { self.reserve(static_cast<Arena>(arena), floats); })
