@@ -10,6 +10,7 @@ PANEL: int
 SOURCES: str
 
 def instruction_sets() -> list[str]: ...
+def number(seed: int, position: int, /) -> float: ...
 
 class Linear:
     def __init__(

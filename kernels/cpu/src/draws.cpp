@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "philox.h"
 #include "sampling.h"
 
 namespace nb = nanobind;
@@ -50,6 +51,9 @@ void raise_faults(const std::vector<Choice>& choices) {
     }
 }
 
+// Of a seed, the lowest 64 bits count, of a negative one too.
+uint64_t lowest_bits(const nb::int_& seed) { return PyLong_AsUnsignedLongLongMask(seed.ptr()); }
+
 nb::tuple report(const Choice& choice) {
     nb::list ids, logprobs;
     for (auto [id, logprob] : choice.top) {
@@ -60,6 +64,8 @@ nb::tuple report(const Choice& choice) {
 }
 
 }  // namespace
+
+double number(const nb::int_& seed, uint64_t position) { return static_cast<double>(uniform(lowest_bits(seed), position)) * 0x1p-53; }
 
 nb::tuple sample(Pool& pool, const Ops& ops, const Logits& logits, const Column<double>& temperature, const Column<int64_t>& top_k,
                  const Column<double>& top_p, const Column<double>& min_p, const Column<double>& repetition_penalty,
@@ -90,7 +96,7 @@ nb::tuple sample(Pool& pool, const Ops& ops, const Logits& logits, const Column<
             bias.emplace_back(id, static_cast<float>(value));
         }
         parameters[row] = {static_cast<float>(temperature[row]), top_k[row], top_p[row], min_p[row], repetition_penalty[row],
-                           presence_penalty[row], frequency_penalty[row], PyLong_AsUnsignedLongLongMask(seed[row].ptr()),
+                           presence_penalty[row], frequency_penalty[row], lowest_bits(seed[row]),
                            static_cast<uint64_t>(position[row]), std::move(bias), std::move(banned[row]), std::move(prompt[row]),
                            std::move(output[row]), logprobs[row].value_or(-1)};
     }

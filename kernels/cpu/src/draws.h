@@ -24,6 +24,9 @@ nanobind::tuple sample(Pool&, const Ops&, const Logits&, const Column<double>& t
                        Column<std::vector<std::pair<int32_t, double>>> logit_bias, Column<Ids> banned, Column<Ids> prompt,
                        Column<Ids> output, const Column<std::optional<int64_t>>& logprobs);
 
+// The number in [0, 1) that a row with this seed and position draws with.
+double number(const nanobind::int_& seed, uint64_t position);
+
 nanobind::list score(Pool&, const Ops&, const Logits&, const Ids& tokens, int64_t top);
 
 }  // namespace headrace

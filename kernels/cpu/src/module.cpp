@@ -242,6 +242,7 @@ NB_MODULE(_native, m) {
         for (const Ops* table : tables()) names.push_back(table->isa);
         return names;
     });
+    m.def("number", number);
     nb::class_<Linear>(m, "Linear")
         .def("__init__", [](Linear* self, int form, int64_t outputs, int64_t inputs, int64_t group, int offset, bool halves, Address values,
                             Address scales, Address minimums, Address bias) {
