@@ -1,8 +1,8 @@
 """The native backend for CPUs: C++ behind the op table, for float32 activations and weights as they are stored.
 
 `src/` has one op a file, compiled for each instruction set and chosen when the extension is loaded. `packed.py` packs weights when
-a model is loaded; `recorder.py` puts the model's ops on a tape that a step replays in one call, on threads of its own. Sampling runs on the
-reference's, on the same memory.
+a model is loaded; `recorder.py` puts the model's ops on a tape that a step replays in one call, on threads of its own; `sampling.py` has
+the same threads choose the tokens.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
+from headrace.kernels.cpu import sampling
 from headrace.kernels.cpu.packed import Packed, pack
 from headrace.kernels.cpu.pages import Pages, page_bytes
 from headrace.kernels.cpu.recorder import CpuProgram
@@ -100,15 +101,7 @@ class CpuBackend:
         return CpuProgram(self._engine, model, kv)
 
     def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Sampled:
-        import torch
-
-        from headrace.kernels.reference import sampling
-
-        return sampling.sample(torch.from_numpy(logits), batch)
+        return sampling.sample(self._engine, logits, batch)
 
     def score(self, logits: np.ndarray, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
-        import torch
-
-        from headrace.kernels.reference import sampling
-
-        return sampling.score(torch.from_numpy(logits), tokens, top)
+        return sampling.score(self._engine, logits, tokens, top)

@@ -7,7 +7,6 @@ import torch
 
 from headrace.kernels.ops import Batch, HeadShape
 
-
 TYPES = {"f32": torch.float32, "f16": torch.float16}
 """What pages can be stored in, by the name the settings give it."""
 

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "draws.h"
 #include "ops.h"
 #include "pack.h"
 #include "tape.h"
@@ -96,6 +97,12 @@ class Engine {
     Pool pool_;
     const Ops* ops_ = nullptr;
 };
+
+// A function of an engine's threads and ops, as a method.
+template <class Result, class... Args>
+auto on_engine(Result (*function)(Pool&, const Ops&, Args...)) {
+    return [function](Engine& self, Args... args) { return function(self.pool(), self.ops(), std::forward<Args>(args)...); };
+}
 
 // A tape, and what the arrays of a step must keep to for the ops that stand on it.
 class Program {
@@ -236,6 +243,7 @@ NB_MODULE(_native, m) {
         for (const Ops* table : tables()) names.push_back(table->isa);
         return names;
     });
+    m.def("number", number);
     nb::class_<Linear>(m, "Linear")
         .def("__init__", [](Linear* self, int form, int64_t outputs, int64_t inputs, int64_t group, int offset, bool halves, Address values,
                             Address scales, Address minimums, Address bias) {
@@ -259,7 +267,9 @@ NB_MODULE(_native, m) {
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def("pack", &Engine::pack)
-        .def("pack_nibbles", &Engine::pack_nibbles);
+        .def("pack_nibbles", &Engine::pack_nibbles)
+        .def("sample", on_engine(sample))
+        .def("score", on_engine(score));
     nb::class_<Program>(m, "Program")
         .def(nb::init<Engine&>(), nb::keep_alive<1, 2>())
         .def("reserve", [](Program& self, int arena, int64_t floats) { self.reserve(static_cast<Arena>(arena), floats); })

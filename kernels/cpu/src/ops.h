@@ -69,6 +69,9 @@ struct Rope {
     float eps;
 };
 
+struct Sampling;  // sampling.h
+struct Choice;
+
 struct Ops {
     const char* isa;
     // x [rows, K] to y [rows, N], rows > 0.
@@ -84,6 +87,9 @@ struct Ops {
                     float* y);
     void (*gated)(Pool&, const float* gate_up, int64_t rows, int64_t width, bool gelu, float* y);
     void (*add)(Pool&, const float* x, const float* residual, int64_t count, float* sum);
+    // logits [rows, vocabulary], to one choice a row.
+    void (*sample)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const Sampling*, Choice*);
+    void (*score)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const int32_t* tokens, int64_t top, Choice*);
 };
 
 namespace portable {

@@ -10,9 +10,11 @@ void rope_write_kv(Pool&, const float*, const Heads&, const Rope&, const KV&, co
 void rmsnorm(Pool&, const float*, const float*, const float*, float, int64_t, int64_t, float*, float*);
 void gated(Pool&, const float*, int64_t, int64_t, bool, float*);
 void add(Pool&, const float*, const float*, int64_t, float*);
+void sample(Pool&, const float*, int64_t, int64_t, const Sampling*, Choice*);
+void score(Pool&, const float*, int64_t, int64_t, const int32_t*, int64_t, Choice*);
 
 #define HEADRACE_NAME_OF(isa) #isa
 #define HEADRACE_NAME(isa) HEADRACE_NAME_OF(isa)
-extern const Ops ops = {HEADRACE_NAME(HEADRACE_ISA), linear, embed, attention, rope_write_kv, rmsnorm, gated, add};
+extern const Ops ops = {HEADRACE_NAME(HEADRACE_ISA), linear, embed, attention, rope_write_kv, rmsnorm, gated, add, sample, score};
 
 }  // namespace headrace::HEADRACE_ISA
