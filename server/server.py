@@ -41,6 +41,7 @@ class Server:
             app,
             handler_cancellation=True,
             access_log=None,
+            auto_decompress=False,
             shutdown_timeout=0.5,
             keepalive_timeout=IDLE_TIMEOUT,
             lingering_time=LINGER_TIMEOUT,

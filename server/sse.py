@@ -1,8 +1,9 @@
 """Server-sent events straight to the socket.
 
 A token is written by the callback that brings it: no task, no queue, no coroutine in between. aiohttp sends the headers and ends the
-response; the events between are framed here as HTTP chunks (RFC 9112 §7.1). A client that reads too slowly is not waited for: while
-its socket is full nothing is written, and its events are asked for again, merged, once there is room.
+response; the events between are framed here as HTTP chunks (RFC 9112 §7.1), or not at all for a client of HTTP/1.0, to whom the end of
+the connection is the end of the answer. A client that reads too slowly is not waited for: while its socket is full nothing is written,
+and its events are asked for again, merged, once there is room.
 
     event ─▶ "data: …\n\n" ─▶ chunk ─▶ transport        full? ─▶ on_room() later
 """
@@ -10,7 +11,7 @@ its socket is full nothing is written, and its events are asked for again, merge
 import asyncio
 from collections.abc import Callable
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 SOCKET_FULL = 64 * 1024
 """Bytes waiting for a client beyond which nothing more is written to it."""
@@ -27,6 +28,7 @@ class EventStream:
         self._response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
+        self._chunked = request.version >= HttpVersion11
         self._transport: asyncio.Transport | None = None
         self._on_room = on_room
         self._draining: asyncio.Task | None = None
@@ -35,7 +37,10 @@ class EventStream:
     async def open(self, headers: dict[str, str]) -> None:
         """Send the headers; from now on events can be written."""
         self._response.headers.update(headers)
-        self._response.enable_chunked_encoding()
+        if self._chunked:
+            self._response.enable_chunked_encoding()
+        else:
+            self._response.force_close()
         await self._response.prepare(self._request)
         # aiohttp holds the headers back until something is written; a comment is an event that says nothing.
         await self._response.write(b":\n\n")
@@ -54,7 +59,7 @@ class EventStream:
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._chunked else event)
         if transport.get_write_buffer_size() > SOCKET_FULL and self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain())
 

@@ -197,9 +197,16 @@ class OpenAIRoutes:
 
 
 async def _body(request: web.Request) -> bytes:
+    """The body as it was sent. Compressed ones are not unpacked: a small one could hold gigabytes."""
+    if (coding := request.headers.get("Content-Encoding", "identity")) != "identity":
+        raise Refusal(
+            f"bodies with the Content-Encoding {coding[:40]!r} are not read: send it as it is", status=415, code="unsupported_encoding"
+        )
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             return await request.read()
+    except web.RequestPayloadError as error:
+        raise Refusal(f"the body is broken off or malformed: {str(error)[:200]}", code="malformed_body") from None
     except TimeoutError:
         raise Refusal(f"the body did not come within {BODY_TIMEOUT:g} s", status=408, code="request_timeout") from None
 
