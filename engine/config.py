@@ -35,7 +35,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Literal["auto", "reference", "cpu", "triton"],
         _about("implementation of the model's operations: the fastest that runs here, or a named one"),
     ] = "auto"
-    activations: Annotated[Literal["f32", "int8"], _about("number format between the model's operations")] = "f32"
+    activations: Annotated[
+        Literal["int8", "f32"], _about("what integer weights are multiplied with: inputs rounded to 8 bits in groups of 32, or as they are")
+    ] = "int8"
     max_context: Annotated[
         Count | None, _about("most tokens of prompt and output together; the model's own limit without it", "TOKENS")
     ] = None
@@ -43,6 +45,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kv_memory: Annotated[
         str | None, _about('memory for KV pages of each worker, such as "2GiB"; chosen from what is free without it', "SIZE")
     ] = None
+    kv_dtype: Annotated[Literal["f16", "f32"], _about("number format of keys and values in KV pages")] = "f16"
     prefix_cache: Annotated[bool, _about("keep the KV pages of finished requests for those that begin alike")] = True
     max_running: Annotated[Count, _about("most requests in one step")] = 256
     max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 256

@@ -24,7 +24,7 @@ from headrace.engine.sizes import parse_size
 PREFIX = "HEADRACE_"
 FILE_VARIABLE = "HEADRACE_CONFIG"
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-NOT_BUILT = {"kernels": ("triton",), "activations": ("int8",)}
+NOT_BUILT = {"kernels": ("triton",)}
 """Values that are planned, and refused until they work."""
 
 

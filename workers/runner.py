@@ -38,11 +38,11 @@ SCORED_ROWS = 64
 class ModelRunner:
     """Computes rows with a decoder. Memory for pages is claimed from the system only when they are first written."""
 
-    def __init__(self, decoder: Decoder, backend: Backend, pages: int, page_size: int) -> None:
+    def __init__(self, decoder: Decoder, backend: Backend, pages: int, page_size: int, kv_dtype: str) -> None:
         self.pages = pages
         self.page_size = page_size
         self._backend = backend
-        kv = backend.new_kv(len(decoder.layers), pages, page_size, decoder.heads)
+        kv = backend.new_kv(len(decoder.layers), pages, page_size, decoder.heads, kv_dtype)
         self._program = backend.compile(decoder, kv)
 
     def step(self, rows: list[Row]) -> Outcome:
@@ -156,15 +156,16 @@ async def build(process: Process) -> Worker:
     """Load the model and warm it up."""
     config, model = process.config, process.model
     try:
-        backend = make_backend(config.kernels, threads=config.threads)
+        backend = make_backend(config.kernels, threads=config.threads, activations=config.activations)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
     checkpoint = open_checkpoint(model)
     described, names = describe(model.architecture, checkpoint)
     # Before the weights, so that too little memory is told at once.
-    pages = page_count(backend.page_bytes(len(described.layers), config.page_size, head_shape(described)), config.kv_memory)
+    page_bytes = backend.page_bytes(len(described.layers), config.page_size, head_shape(described), config.kv_dtype)
+    pages = page_count(page_bytes, config.kv_memory)
     decoder = Decoder(described, names, checkpoint, backend, model.context)
-    runner = ModelRunner(decoder, backend, pages, config.page_size)
+    runner = ModelRunner(decoder, backend, pages, config.page_size, config.kv_dtype)
     runner.warm_up()
     process.detail = f"{backend.name} kernels, {pages} pages of {config.page_size} tokens"
     return Worker(process, rank_of(process.name), runner)

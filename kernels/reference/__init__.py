@@ -27,13 +27,14 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> None:
         self.device = torch.device(device)
+        self._rounding = activations == "int8"
         if threads is not None:
             torch.set_num_threads(threads)
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> PreparedLinear:
-        return prepare(weights(), bias, self.device)
+        return prepare(weights(), bias, self.device, self._rounding)
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Table:
         return Table(weight(), self.device)

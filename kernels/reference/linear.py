@@ -7,7 +7,10 @@ import numpy as np
 import torch
 
 from headrace.kernels.reference.tiles import pad_last, padded, product, trusted_tiles
-from headrace.kernels.weights import Weight
+from headrace.kernels.weights import GroupedInt, Weight
+
+GROUP = 32
+"""Inputs that are rounded to 8 bits with one scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +22,12 @@ class PreparedLinear:
     outputs: int
     """N before padding."""
     tiles: tuple[int, ...]
+    rounds: bool
+    """Whether the inputs are rounded to 8 bits first."""
 
 
-def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device) -> PreparedLinear:
-    """Stack the weights along N in float32."""
+def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device, rounding: bool = False) -> PreparedLinear:
+    """Stack the weights along N in float32. With `rounding`, inputs of weights that are all integers are rounded too."""
     inputs = weights[0].shape[1]
     for weight in weights:
         if weight.shape[1] != inputs:
@@ -34,10 +39,25 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
     for weight, rows in zip(weights, matrix[:outputs, :inputs].split([weight.shape[0] for weight in weights]), strict=True):
         rows.copy_(torch.from_numpy(np.require(weight.dequantize(), requirements="CW")))
     offsets = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=device)
-    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()))
+    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()), rounding and all(takes_integers(weight) for weight in weights))
+
+
+def takes_integers(weight: Weight) -> bool:
+    """Whether the weight is of integers in groups that fit those in which activations are rounded."""
+    return isinstance(weight, GroupedInt) and weight.shape[1] % GROUP == 0 and (weight.group == GROUP // 2 or weight.group % GROUP == 0)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x [T, K] with every GROUP inputs of a row rounded to the nearest of 255 steps, the largest of which is their highest magnitude."""
+    grouped = x.unflatten(1, (-1, GROUP))
+    highest = grouped.abs().amax(-1, keepdim=True)
+    codes = torch.round(grouped * torch.where(highest > 0, 127.0 / highest, 0.0))
+    return (codes * (highest / 127.0)).flatten(1)
 
 
 def linear(x: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
     """x [T, K] times the prepared weight, plus its bias: [T, N]."""
+    if weight.rounds:
+        x = rounded(x)
     out = product(pad_last(x), weight.matrix, weight.tiles)[:, : weight.outputs]
     return out if weight.bias is None else out + weight.bias

@@ -61,7 +61,7 @@ def without_warnings(lines: list[str]) -> list[str]:
         (["--max-context", "9000"], "max_context=9000 exceeds the model's limit of 8192"),
         (["--kernels", "fast"], "--kernels fast: expected one of auto, "),
         (["--kernels", "triton"], "--kernels triton is not built yet"),
-        (["--activations", "int8"], "--activations int8 is not built yet"),
+        (["--activations", "int4"], "--activations int4"),
         (["--tensor-parallel", "2"], "tensor_parallel=2 is not built yet"),
         (["--drain-timeout", "nan"], "--drain-timeout nan: expected a number of at least 0"),
         (["--log-level", "loud"], "--log-level loud: expected one of debug, "),
