@@ -61,7 +61,7 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(self, threads: int | None = None, isa: str | None = None, activations: str = "f32") -> None:
         cores = physical_cores()
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads}: ask for at least 1")

@@ -39,7 +39,8 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
     for weight, rows in zip(weights, matrix[:outputs, :inputs].split([weight.shape[0] for weight in weights]), strict=True):
         rows.copy_(torch.from_numpy(np.require(weight.dequantize(), requirements="CW")))
     offsets = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=device)
-    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()), rounding and all(takes_integers(weight) for weight in weights))
+    rounds = rounding and all(takes_integers(weight) for weight in weights)
+    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()), rounds)
 
 
 def takes_integers(weight: Weight) -> bool:

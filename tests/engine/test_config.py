@@ -106,7 +106,6 @@ def test_an_empty_variable_counts_as_absent():
         ({"tensor_parallel": "2"}, {}, "tensor_parallel=2 is not built yet"),
         ({"kernels": "triton"}, {}, "--kernels triton is not built yet: expected one of auto, cpu, reference"),
         ({"kernels": "fast"}, {}, "--kernels fast: expected one of auto, cpu, reference"),
-        ({}, {"HEADRACE_ACTIVATIONS": "int8"}, "HEADRACE_ACTIVATIONS=int8 is not built yet: expected one of f32"),
         ({"log_level": "loud"}, {}, "--log-level loud: expected one of"),
         ({"kv_memory": "lots"}, {}, "--kv-memory lots: 'lots' is not a size: write it like 2GiB"),
         ({"drain_timeout": "-1"}, {}, "--drain-timeout -1: expected a number of at least 0"),
