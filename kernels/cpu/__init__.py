@@ -1,4 +1,4 @@
-"""The native backend for CPUs: C++ behind the op table, for float32 activations and weights as they are stored.
+"""The native backend for CPUs: C++ behind the op table, for weights as they are stored.
 
 `src/` has one op a file, compiled for each instruction set and chosen when the extension is loaded. `packed.py` packs weights when
 a model is loaded; `recorder.py` puts the model's ops on a tape that a step replays in one call, on threads of its own; `sampling.py` has
@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
 from headrace.kernels.cpu import sampling
-from headrace.kernels.cpu.packed import Packed, pack
+from headrace.kernels.cpu.packed import Packed, in_memory, pack
 from headrace.kernels.cpu.pages import Pages, page_bytes
 from headrace.kernels.cpu.recorder import CpuProgram
 
@@ -70,13 +70,14 @@ class CpuBackend:
         if is_stale():
             log.warning("the native kernels were built from older sources (%s): build them anew with scripts/test", _native.__file__)
         self._engine = _native.Engine(threads or cores, isa or os.environ.get("HEADRACE_CPU_ISA", ""))
+        self._activations = activations
         self._packed: dict[str, Packed] = {}
         self.isa: str = self._engine.isa
         self.threads: int = self._engine.threads
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Packed:
         if name not in self._packed:
-            self._packed[name] = pack(self._engine, weights(), bias)
+            self._packed[name] = Packed(pack(self._engine, weights(), in_memory), bias, self._activations)
         return self._packed[name]
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Packed:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 Scores = tuple[float, list[int], list[float]]
+Rows = tuple[int, int, int, int]
+"""Outputs, and the addresses of values, scales and minimums."""
 
 ALIGN: int
 PANEL: int
@@ -17,17 +19,20 @@ class Linear:
     def __init__(
         self,
         form: int,
+        scales: int,
+        minimums: bool,
+        quantized: bool,
+        offset: int,
         outputs: int,
         inputs: int,
         group: int,
-        offset: int,
-        halves: bool,
-        values: int,
-        scales: int,
-        minimums: int,
+        panels: int,
         bias: int,
+        following: Linear | None,
         /,
     ) -> None: ...
+    @property
+    def size(self) -> int: ...
 
 class Heads:
     def __init__(self, query: int, kv: int, dim: int, /) -> None: ...
@@ -83,8 +88,9 @@ class Engine:
     def isa(self) -> str: ...
     @property
     def threads(self) -> int: ...
-    def pack(self, source: int, outputs: int, inputs: int, size: int, to: int, /) -> None: ...
-    def pack_nibbles(self, source: int, outputs: int, inputs: int, offset: int, to: int, /) -> None: ...
+    def choose(self, parts: Sequence[Rows], inputs: int, group: int, /) -> tuple[int, int, int]:
+        """Form, kind of scales, and offset of codes."""
+    def pack(self, parts: Sequence[Rows], weight: Linear, to: int, /) -> None: ...
     def sample(
         self,
         logits: np.ndarray,

@@ -1,92 +1,147 @@
-"""Weights as the native kernels want them: packed once into panels of 16 outputs, interleaved by input (`src/ops.h` has the layout).
+"""Weights as the native kernels want them: packed once into panels of 16 outputs, codes beside their scales (`src/ops.h` has the layout).
 
     Dense f32 | bf16 | f16   ─▶  as stored
-    GroupedInt of 4 bits     ─▶  two codes to a byte
-    GroupedInt of 5, 6, 8    ─▶  a byte a code
-    scales, minimums         ─▶  binary16 where that is exact, else float32
+    GroupedInt               ─▶  codes of 4 bits two to a byte, others one; scales and minimums as binary16, as the two levels of
+                                 K-quants, or as float32: the first of these that is exact
 
-The same packed weight serves `linear` and `embed`.
+Weights that are stacked into one layer need not be alike: each run of those that are becomes one `Part`. The same packed weight serves
+`linear` and `embed`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 
 from headrace.kernels.cpu import _native
 from headrace.kernels.weights import Dense, GroupedInt, Weight
 
-PANEL: int = _native.PANEL
+FORMAT = 1
+"""Rises with every change of what `pack` makes of the same weights, src/pack.cpp included."""
 
-_FLOATS = {"float32": 0, "bfloat16": 1, "float16": 2}
-_INT8, _INT4 = 3, 4
+Allocate = Callable[[int], np.ndarray]
+"""So many bytes, as uint8 from a 64-byte boundary on."""
+
+_FORMS = {"float32": 0, "bfloat16": 1, "float16": 2}
+_INT8, _INT6, _INT4 = 3, 4, 5
+_QUANTUM = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A weight [N, K] in panels, and the tensors that `native` points into."""
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """How some outputs of a layer are stored; the fields of `Linear` in src/ops.h."""
 
-    native: _native.Linear
+    form: int
+    scales: int
+    minimums: bool
+    offset: int
     outputs: int
     inputs: int
-    storage: tuple[np.ndarray | None, ...]
-    """Values, scales, minimums, bias."""
+    group: int
+
+    def native(self, panels: int, bias: int, quantized: bool, following: "_native.Linear | None") -> "_native.Linear":
+        return _native.Linear(
+            self.form, self.scales, self.minimums, quantized, self.offset, self.outputs, self.inputs, self.group, panels, bias, following
+        )
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.storage if tensor is not None)
+        return self.native(0, 0, False, None).size
+
+    @property
+    def takes_int8(self) -> bool:
+        """Whether the kernels for int8 activations can multiply with it."""
+        if self.inputs % _QUANTUM:
+            return False
+        if self.group == 16:
+            return self.form == _INT6 and not self.minimums
+        return self.group % _QUANTUM == 0 and (self.form in (_INT4, _INT6) or self.form == _INT8 and not self.minimums)
 
 
-def pack(engine: _native.Engine, weights: Sequence[Weight], bias: np.ndarray | None = None) -> Packed:
+class Packed:
+    """A layer's weight [N, K], bound to where its panels lie."""
+
+    def __init__(self, parts: Sequence[tuple[Part, np.ndarray]], bias: np.ndarray | None, activations: str) -> None:
+        """`bias` is float32 [N]; `activations` "int8" or "f32"."""
+        self.inputs = parts[0][0].inputs
+        self.outputs = sum(part.outputs for part, _ in parts)
+        if bias is not None:
+            if bias.shape != (self.outputs,):
+                raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {self.outputs} outputs")
+            bias = np.ascontiguousarray(bias, np.float32)
+        # Native code knows addresses alone: what lies there must not go before this does.
+        self._panels, self._bias = [panels for _, panels in parts], bias
+        self._natives: list[_native.Linear] = []
+        following, end = None, self.outputs
+        for part, panels in reversed(parts):
+            end -= part.outputs
+            at = 0 if bias is None else bias[end:].ctypes.data
+            following = part.native(panels.ctypes.data, at, activations == "int8" and part.takes_int8, following)
+            self._natives.append(following)
+
+    @property
+    def native(self) -> "_native.Linear":
+        """The first part, which leads to the others."""
+        return self._natives[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(panels.nbytes for panels in self._panels)
+
+
+def pack(engine: "_native.Engine", weights: Sequence[Weight], allocate: Allocate) -> list[tuple[Part, np.ndarray]]:
     """Several weights of equal K, stacked along N. ValueError where shapes do not fit."""
     if not weights:
         raise ValueError("a linear layer needs at least one weight")
-    inputs = weights[0].shape[1]
-    outputs = sum(weight.shape[0] for weight in weights)
-    for weight in weights:
-        storage = weight.codes if isinstance(weight, GroupedInt) else weight.values
-        if storage.ndim != 2 or storage.size == 0:
-            raise ValueError(f"a weight must be a matrix and hold something, it is {list(storage.shape)}")
-        if weight.shape[1] != inputs:
-            raise ValueError(f"weights of {weight.shape[1]} and {inputs} inputs cannot be stacked")
-    if bias is not None:
-        if bias.shape != (outputs,):
-            raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {outputs} outputs")
-        bias = np.ascontiguousarray(bias, np.float32)
-    integers = [_checked(weight) for weight in weights if isinstance(weight, GroupedInt)]
-    if len(integers) == len(weights) and len({(one.group, one.minimums is None) for one in integers}) == 1:
-        return _pack_integers(engine, integers, outputs, inputs, bias)
-    dense = [weight if isinstance(weight, Dense) else Dense(weight.dequantize()) for weight in weights]
-    kinds = {weight.dtype for weight in dense}
-    kind = kinds.pop() if len(kinds) == 1 else "float32"
-    values = _panels_of(engine, [weight.values if weight.dtype == kind else weight.dequantize() for weight in dense])
-    native = _native.Linear(_FLOATS[kind], outputs, inputs, inputs, 0, False, values.ctypes.data, 0, 0, _address(bias))
-    return Packed(native, outputs, inputs, (values, None, None, bias))
+    runs: list[tuple[Part, list[Weight]]] = []
+    for weight in map(_checked, weights):
+        if weight.shape[1] != weights[0].shape[1]:
+            raise ValueError(f"weights of {weight.shape[1]} and {weights[0].shape[1]} inputs cannot be stacked")
+        part = _part(engine, weight)
+        if runs and msgspec.structs.replace(runs[-1][0], outputs=part.outputs) == part:
+            run, alike = runs.pop()
+            runs.append((msgspec.structs.replace(part, outputs=run.outputs + part.outputs), [*alike, weight]))
+        else:
+            runs.append((part, [weight]))
+    return [(part, _packed(engine, part, alike, allocate)) for part, alike in runs]
 
 
-def _pack_integers(engine: _native.Engine, weights: list[GroupedInt], outputs: int, inputs: int, bias: np.ndarray | None) -> Packed:
-    group, offset = weights[0].group, 0
-    scales = [weight.scales for weight in weights]
-    minimums = None if weights[0].minimums is None else [weight.minimums for weight in weights if weight.minimums is not None]
-    halves = all(_fits_half(values) for values in (*scales, *(minimums or ())))
-    kept = np.float16 if halves else np.float32
-    packed_scales = _panels_of(engine, [values.astype(kept) for values in scales])
-    packed_minimums = None if minimums is None else _panels_of(engine, [values.astype(kept) for values in minimums])
-    lowest, highest = min(int(weight.codes.min()) for weight in weights), max(int(weight.codes.max()) for weight in weights)
-    # An offset stands in for the minimum, so signed codes that also have minimums are not packed two to a byte.
-    offset = 8 if lowest < 0 else 0
-    if lowest + offset >= 0 and highest + offset <= 15 and group % 2 == 0 and not (offset and minimums):
-        form, codes = _INT4, _stacked([weight.codes for weight in weights])
-        values = np.empty((_panels(outputs), inputs // 2, PANEL), np.uint8)
-        engine.pack_nibbles(codes.ctypes.data, outputs, inputs, offset, values.ctypes.data)
-    else:
-        form, offset, values = _INT8, 0, _panels_of(engine, [weight.codes for weight in weights])
-    storage = values, packed_scales, packed_minimums, bias
-    addresses = values.ctypes.data, _address(packed_scales), _address(packed_minimums), _address(bias)
-    return Packed(_native.Linear(form, outputs, inputs, group, offset, halves, *addresses), outputs, inputs, storage)
+def in_memory(nbytes: int) -> np.ndarray:
+    """`Allocate` from the heap."""
+    room = np.empty(nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + nbytes]
 
 
-def _checked(weight: GroupedInt) -> GroupedInt:
+def _part(engine: "_native.Engine", weight: Weight) -> Part:
+    outputs, inputs = weight.shape
+    if isinstance(weight, Dense):
+        return Part(_FORMS[weight.dtype], 0, False, 0, outputs, inputs, inputs)
+    form, scales, offset = engine.choose([_rows(weight)], inputs, weight.group)
+    return Part(form, scales, weight.minimums is not None, offset, outputs, inputs, weight.group)
+
+
+def _packed(engine: "_native.Engine", part: Part, weights: Sequence[Weight], allocate: Allocate) -> np.ndarray:
+    panels = allocate(part.nbytes)
+    engine.pack([_rows(weight) for weight in weights], part.native(0, 0, False, None), panels.ctypes.data)
+    return panels
+
+
+def _rows(weight: Weight) -> tuple[int, int, int, int]:
+    """Outputs, and the addresses of values, scales and minimums."""
+    if isinstance(weight, Dense):
+        return weight.shape[0], weight.values.ctypes.data, 0, 0
+    minimums = 0 if weight.minimums is None else weight.minimums.ctypes.data
+    return weight.shape[0], weight.codes.ctypes.data, weight.scales.ctypes.data, minimums
+
+
+def _checked(weight: Weight) -> Weight:
+    """The weight in contiguous memory. ValueError unless it is whole."""
+    storage = weight.codes if isinstance(weight, GroupedInt) else weight.values
+    if storage.ndim != 2 or storage.size == 0:
+        raise ValueError(f"a weight must be a matrix and hold something, it is {list(storage.shape)}")
+    if isinstance(weight, Dense):
+        _ = weight.dtype
+        return Dense(np.ascontiguousarray(weight.values))
     outputs, inputs = weight.shape
     groups = (outputs, inputs // max(weight.group, 1))
     if weight.group < 1 or inputs % weight.group:
@@ -96,29 +151,7 @@ def _checked(weight: GroupedInt) -> GroupedInt:
     for name, values in (("scales", weight.scales), ("minimums", weight.minimums)):
         if values is not None and (values.dtype != np.float32 or values.shape != groups):
             raise ValueError(f"{name} must be float32 {groups}, they are {values.dtype} {tuple(values.shape)}")
-    return weight
-
-
-def _panels_of(engine: _native.Engine, parts: list[np.ndarray]) -> np.ndarray:
-    """Tensors [N, X] of one type, stacked: [panels, X, PANEL]."""
-    values = _stacked(parts)
-    packed = np.empty((_panels(values.shape[0]), values.shape[1], PANEL), values.dtype)
-    engine.pack(values.ctypes.data, values.shape[0], values.shape[1], values.itemsize, packed.ctypes.data)
-    return packed
-
-
-def _stacked(parts: list[np.ndarray]) -> np.ndarray:
-    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
-
-
-def _panels(outputs: int) -> int:
-    return -(-outputs // PANEL)
-
-
-def _address(tensor: np.ndarray | None) -> int:
-    return 0 if tensor is None else tensor.ctypes.data
-
-
-def _fits_half(values: np.ndarray) -> bool:
-    with np.errstate(over="ignore"):
-        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+    if weight.group % 4:
+        return Dense(weight.dequantize())  # Blocks hold 4 inputs of an output side by side; no format has such groups.
+    minimums = None if weight.minimums is None else np.ascontiguousarray(weight.minimums)
+    return GroupedInt(np.ascontiguousarray(weight.codes), np.ascontiguousarray(weight.scales), minimums, weight.group, weight.bits)

@@ -34,8 +34,8 @@ class EagerOps:
 
 
 class ReferenceOps(EagerOps):
-    def __init__(self) -> None:
-        super().__init__(ReferenceBackend())
+    def __init__(self, activations: str = "f32") -> None:
+        super().__init__(ReferenceBackend(activations=activations))
         self.linear, self.gated, self.add = self.backend.linear, self.backend.gated, self.backend.add
 
     def embed(self, ids: torch.Tensor, table, scale: float = 1.0) -> torch.Tensor:
@@ -55,10 +55,10 @@ class ReferenceOps(EagerOps):
 
 
 class NativeOps(EagerOps):
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(self, threads: int | None = None, isa: str | None = None, activations: str = "f32") -> None:
         from headrace.kernels.cpu import CpuBackend
 
-        super().__init__(CpuBackend(threads, isa))
+        super().__init__(CpuBackend(threads, isa, activations))
         self.isa, self.threads = self.backend.isa, self.backend.threads
 
     def embed(self, ids: torch.Tensor, table, scale: float = 1.0) -> torch.Tensor:

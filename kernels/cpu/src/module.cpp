@@ -5,10 +5,12 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -83,17 +85,30 @@ class Engine {
     Pool& pool() { return pool_; }
     const Ops& ops() const { return *ops_; }
 
-    void pack(Address from, int64_t outputs, int64_t inputs, int size, Address to) {
+    using Parts = std::vector<std::tuple<int64_t, Address, Address, Address>>;
+
+    // How to store codes: form, scales, offset.
+    std::tuple<int, int, int> choose(const Parts& parts, int64_t inputs, int64_t group) {
         nb::gil_scoped_release release;
-        headrace::pack(pool_, at<const void>(from), outputs, inputs, size, at<void>(to));
+        Linear w{};
+        w.inputs = inputs, w.group = group;
+        headrace::choose(pool_, rows_of(parts), w);
+        return {static_cast<int>(w.form), static_cast<int>(w.scales), w.offset};
     }
 
-    void pack_nibbles(Address from, int64_t outputs, int64_t inputs, int offset, Address to) {
+    void pack(const Parts& parts, const Linear& w, Address to) {
         nb::gil_scoped_release release;
-        headrace::pack_nibbles(pool_, at<const int8_t>(from), outputs, inputs, offset, at<uint8_t>(to));
+        headrace::pack(pool_, rows_of(parts), w, at<uint8_t>(to));
     }
 
   private:
+    static std::vector<Rows> rows_of(const Parts& parts) {
+        std::vector<Rows> all;
+        for (const auto& [outputs, values, scales, minimums] : parts)
+            all.push_back({outputs, at<const void>(values), floats(scales), floats(minimums)});
+        return all;
+    }
+
     Pool pool_;
     const Ops* ops_ = nullptr;
 };
@@ -125,7 +140,7 @@ class Program {
     }
 
     void linear(const Linear& weight, Place x, Place y) {
-        tape_.record("linear", y.arena, [=](const Step& step) { step.ops.linear(step.pool, weight, step.at(x), step.rows_of(y), step.at(y)); });
+        tape_.record("linear", y.arena, [=](const Step& step) { headrace::linear(step.pool, step.ops, weight, step.at(x), step.rows_of(y), step.at(y)); });
     }
 
     void rmsnorm(Place x, Address weight, float eps, int64_t width, Place y) {
@@ -245,11 +260,12 @@ NB_MODULE(_native, m) {
     });
     m.def("number", number);
     nb::class_<Linear>(m, "Linear")
-        .def("__init__", [](Linear* self, int form, int64_t outputs, int64_t inputs, int64_t group, int offset, bool halves, Address values,
-                            Address scales, Address minimums, Address bias) {
-            new (self) Linear{static_cast<Form>(form), outputs, inputs, group, offset, halves, at<const void>(values),
-                              at<const void>(scales), at<const void>(minimums), floats(bias)};
-        });
+        .def("__init__", [](Linear* self, int form, int scales, bool minimums, bool quantized, int offset, int64_t outputs, int64_t inputs,
+                            int64_t group, Address panels, Address bias, const Linear* next) {
+            new (self) Linear{static_cast<Form>(form), static_cast<Scales>(scales), minimums, quantized, offset, outputs, inputs, group,
+                              at<const uint8_t>(panels), floats(bias), next};
+        }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+        .def_prop_ro("size", &Linear::size);
     nb::class_<Heads>(m, "Heads").def("__init__", [](Heads* self, int query, int kv, int dim) { new (self) Heads{query, kv, dim}; });
     nb::class_<Rope>(m, "Rope")
         .def("__init__", [](Rope* self, Address cos, Address sin, int64_t positions, int64_t half, bool interleaved, Address q_norm,
@@ -267,7 +283,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def("pack", &Engine::pack)
-        .def("pack_nibbles", &Engine::pack_nibbles)
+        .def("choose", &Engine::choose)
         .def("sample", on_engine(sample))
         .def("score", on_engine(score));
     nb::class_<Program>(m, "Program")

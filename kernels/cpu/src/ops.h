@@ -14,25 +14,79 @@ namespace headrace {
 // Outputs that are computed side by side: a panel holds this many rows of a weight, interleaved by input.
 constexpr int PANEL = 16;
 
-enum class Form : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4 };
+// How a weight is stored: floats, or integer codes of 8, at most 6, or 4 bits.
+enum class Form : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int6 = 4, int4 = 5 };
 
-// A weight [N, K] packed into panels:
-//   values    [N / PANEL][K][PANEL]            f32, bf16, f16 or int8
-//             [N / PANEL][K / 2][PANEL] bytes  int4: input 2i in the low nibble, 2i + 1 in the high one
-//   scales    [N / PANEL][K / group][PANEL]    float, or IEEE binary16 where `halves`; integers only
-//   minimums  the same, or null
-// N is rounded up to PANEL with zeros. A code is its nibble or byte minus `offset`, which is not 0 only without minimums.
-// Floats are one group of K inputs.
+// How the scales of codes are stored: as floats, as IEEE binary16, or as levels: a signed byte times a float that LEVELLED inputs share.
+enum class Scales : int { f32 = 0, f16 = 1, levels = 2 };
+
+constexpr int64_t LEVELLED = 256;
+
+// A weight [N, K] packed into panels, one after the other, from a 64-byte boundary on. N is rounded up to PANEL with zeros.
+//
+// Floats stand as [K][PANEL]. Codes stand in blocks along K, so that one row of x reads a single stream:
+//
+//   block   of a group of inputs: [scales PANEL] [minimums PANEL, if any] [codes]
+//           of LEVELLED inputs where scales are levels: [factors PANEL floats] [factors of minimums, if any], for each group
+//           [levels PANEL bytes] [levels of minimums, if any], then [codes] of all groups
+//   codes   of 4 inputs: 4 bytes an output, one an input, outputs in order. With 4 bits, output 8 + i shares the bytes of output i:
+//           that is the low nibble, this the high one.
+//
+// A code is its byte (signed in int8, unsigned in int6) or nibble, less `offset`, which is not 0 only without minimums. Inputs come in
+// whole groups, and groups in multiples of 4. Floats are one group of K inputs.
 struct Linear {
     Form form;
-    int64_t outputs, inputs, group;
+    Scales scales;
+    bool minimums;
+    // x is made int8 first: `inputs` and `group` are multiples of 32, and only int6 has minimums beside int4. Or int6 without minimums
+    // has a `group` of 16.
+    bool quantized;
     int offset;
-    bool halves;
-    const void* values;
-    const void* scales;
-    const void* minimums;
-    const float* bias;  // [N] or null
+    int64_t outputs, inputs, group;
+    const uint8_t* panels;
+    const float* bias;   // [N] or null
+    const Linear* next;  // the weight of the outputs that follow in the same rows of y, or null
+
+    // Outputs of all weights from here on.
+    int64_t width() const { return outputs + (next ? next->width() : 0); }
+
+    bool floats() const { return form <= Form::f16; }
+    // Inputs that share a sum in quantized rows.
+    int64_t unit() const { return group < 32 ? group : 32; }
+
+    int64_t span() const { return scales == Scales::levels ? LEVELLED : group; }
+    int64_t header() const {
+        const int64_t kinds = minimums ? 2 : 1;
+        if (scales == Scales::levels) return kinds * PANEL * (4 + LEVELLED / group);
+        return kinds * PANEL * (scales == Scales::f16 ? 2 : 4);
+    }
+    // Bytes of `count` inputs, of a block of codes, of a panel, of all.
+    int64_t bytes(int64_t count) const {
+        switch (form) {
+            case Form::f32: return count * PANEL * 4;
+            case Form::bf16:
+            case Form::f16: return count * PANEL * 2;
+            case Form::int4: return count * PANEL / 2;
+            default: return count * PANEL;
+        }
+    }
+    int64_t block() const { return header() + bytes(span()); }
+    int64_t panel() const { return floats() ? bytes(inputs) : inputs / span() * block(); }
+    int64_t size() const { return (outputs + PANEL - 1) / PANEL * panel(); }
 };
+
+// Rows of x as int8, for a quantized weight. Each 32 inputs are
+//
+//   [scale] [sums 32 / unit] floats, [codes 32] bytes     x[k] ~ scale * code[k]
+//
+// where scale = largest |x| / 127, and codes are x * (127 / largest |x|), rounded to even. A sum is that of the codes of a unit of
+// inputs; times the scale, rounded, if the weight has minimums. Where x holds NaN or an infinity, scale is NaN and codes are 0; where
+// no |x| reaches 2^-100, all is 0.
+constexpr int64_t QUANTUM = 32;
+
+constexpr int64_t quantized_step(int64_t unit) { return 4 + 4 * (QUANTUM / unit) + QUANTUM; }
+
+inline int64_t quantized_bytes(const Linear& w) { return w.inputs / QUANTUM * quantized_step(w.unit()); }
 
 // Rows `query_start[r] … query_start[r + 1] - 1` of the batch belong to request r, whose pages stand in row r of `pages`.
 struct Batch {
@@ -74,8 +128,12 @@ struct Choice;
 
 struct Ops {
     const char* isa;
-    // x [rows, K] to y [rows, N], rows > 0.
-    void (*linear)(Pool&, const Linear&, const float* x, int64_t rows, float* y);
+    // x [rows, K] to y, whose rows stand `stride` apart; rows > 0. For one weight, the next ones left out.
+    void (*linear_floats)(Pool&, const Linear&, const float* x, int64_t rows, float* y, int64_t stride);
+    // The same for x as `quantize` gives it for this weight.
+    void (*linear_int8)(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+    // x [rows, K] to rows of `quantized_bytes` each.
+    void (*quantize)(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* quantized);
     // y[i] = row ids[i] of the weight, times scale.
     void (*embed)(Pool&, const Linear&, const int32_t* ids, int64_t count, float scale, float* y);
     // q and out [T, Hq, D]. A window of 0 is none.
@@ -91,6 +149,9 @@ struct Ops {
     void (*sample)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const Sampling*, Choice*);
     void (*score)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const int32_t* tokens, int64_t top, Choice*);
 };
+
+// x [rows, K] to y [rows, width], rows > 0: a weight and those that follow it, each with x as it wants it.
+void linear(Pool&, const Ops&, const Linear&, const float* x, int64_t rows, float* y);
 
 namespace portable {
 extern const Ops ops;

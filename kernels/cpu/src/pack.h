@@ -1,16 +1,25 @@
-// From a weight [N, K] as loaders give it to panels (`ops.h` has the layout). Runs once, when a model is loaded.
+// From weights [N, K] as loaders give them to panels (`ops.h` has the layout). Runs once, when a model is loaded.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "pool.h"
+#include "ops.h"
 
 namespace headrace {
 
-// Values of `size` 1, 2 or 4 bytes: [N, K] to [N / PANEL][K][PANEL], zeros from N on.
-void pack(Pool& pool, const void* from, int64_t outputs, int64_t inputs, int size, void* to);
+// Some outputs of a weight: floats, or codes with their scales and perhaps minimums, as in `kernels/weights.py`.
+struct Rows {
+    int64_t outputs;
+    const void* values;      // [outputs, K] float32, bfloat16, binary16 or int8
+    const float* scales;     // [outputs, K / group]
+    const float* minimums;   // the same, or null
+};
 
-// Codes int8 [N, K], each plus `offset` within 0 … 15, two to a byte: [N / PANEL][K / 2][PANEL].
-void pack_nibbles(Pool& pool, const int8_t* from, int64_t outputs, int64_t inputs, int offset, uint8_t* to);
+// How to store codes: sets form, scales, minimums and offset of a Linear whose inputs and group are known.
+void choose(Pool& pool, const std::vector<Rows>& parts, Linear& w);
+
+// Parts stacked along N into w.size() bytes; w.outputs is their sum.
+void pack(Pool& pool, const std::vector<Rows>& parts, const Linear& w, uint8_t* to);
 
 }  // namespace headrace

@@ -3,7 +3,9 @@
 
 namespace headrace::HEADRACE_ISA {
 
-void linear(Pool&, const Linear&, const float*, int64_t, float*);
+void linear_floats(Pool&, const Linear&, const float*, int64_t, float*, int64_t);
+void linear_int8(Pool&, const Linear&, const uint8_t*, int64_t, float*, int64_t);
+void quantize(Pool&, const Linear&, const float*, int64_t, uint8_t*);
 void embed(Pool&, const Linear&, const int32_t*, int64_t, float, float*);
 void attention(Pool&, const float*, const Heads&, const KV&, const Batch&, float, int, float*);
 void rope_write_kv(Pool&, const float*, const Heads&, const Rope&, const KV&, const Batch&, float*);
@@ -15,6 +17,8 @@ void score(Pool&, const float*, int64_t, int64_t, const int32_t*, int64_t, Choic
 
 #define HEADRACE_NAME_OF(isa) #isa
 #define HEADRACE_NAME(isa) HEADRACE_NAME_OF(isa)
-extern const Ops ops = {HEADRACE_NAME(HEADRACE_ISA), linear, embed, attention, rope_write_kv, rmsnorm, gated, add, sample, score};
+extern const Ops ops = {
+    HEADRACE_NAME(HEADRACE_ISA), linear_floats, linear_int8, quantize, embed, attention, rope_write_kv, rmsnorm, gated, add, sample, score,
+};
 
 }  // namespace headrace::HEADRACE_ISA

@@ -1,0 +1,69 @@
+// Where the codes and the scales of a group stand in packed weights (`ops.h` has the layout).
+#pragma once
+
+#include <bit>
+
+#include "ops.h"
+#include "wide.h"
+
+namespace headrace::HEADRACE_ISA {
+
+constexpr int PARTS = PANEL / wide::WIDTH;  // vectors a panel
+
+struct Scale {
+    wide::Floats factor[PARTS], minimum[PARTS];
+};
+
+struct Blocks {
+    const uint8_t* panels;
+    int64_t panel_bytes, block_bytes, header, group_bytes;
+    int shift;  // log2 of the groups a block
+    int64_t mask;
+    Scales scales;
+    bool minimums;
+
+    explicit Blocks(const Linear& w)
+        : panels(w.panels),
+          panel_bytes(w.panel()),
+          block_bytes(w.block()),
+          header(w.header()),
+          group_bytes(w.bytes(w.group)),
+          shift(std::countr_zero(static_cast<uint64_t>(w.span() / w.group))),
+          mask(w.span() / w.group - 1),
+          scales(w.scales),
+          minimums(w.minimums) {}
+
+    const uint8_t* block(int64_t panel, int64_t g) const { return panels + panel * panel_bytes + (g >> shift) * block_bytes; }
+
+    const uint8_t* codes(int64_t panel, int64_t g) const { return block(panel, g) + header + (g & mask) * group_bytes; }
+
+    // Without minimums, those are left as they are.
+    Scale scale(int64_t panel, int64_t g) const {
+        Scale scale;
+        const uint8_t* at = block(panel, g);
+        if (scales == Scales::levels) {
+            const float* factors = reinterpret_cast<const float*>(at);
+            const int kinds = minimums ? 2 : 1;
+            const int8_t* levels = reinterpret_cast<const int8_t*>(factors + kinds * PANEL) + (g & mask) * kinds * PANEL;
+            read(scale.factor, [&](int i) { return wide::load(factors + i) * wide::widen(levels + i); });
+            if (minimums) read(scale.minimum, [&](int i) { return wide::load(factors + PANEL + i) * wide::widen(levels + PANEL + i); });
+        } else if (scales == Scales::f16) {
+            const wide::Half* halves = reinterpret_cast<const wide::Half*>(at);
+            read(scale.factor, [&](int i) { return wide::widen(halves + i); });
+            if (minimums) read(scale.minimum, [&](int i) { return wide::widen(halves + PANEL + i); });
+        } else {
+            const float* floats = reinterpret_cast<const float*>(at);
+            read(scale.factor, [&](int i) { return wide::load(floats + i); });
+            if (minimums) read(scale.minimum, [&](int i) { return wide::load(floats + PANEL + i); });
+        }
+        return scale;
+    }
+
+  private:
+    template <class Read>
+    static void read(wide::Floats (&to)[PARTS], const Read& of) {
+        for (int part = 0; part < PARTS; part++) to[part] = of(part * wide::WIDTH);
+    }
+};
+
+}  // namespace headrace::HEADRACE_ISA
