@@ -79,7 +79,7 @@ class Ledger:
         """Take one plan; the rows to compute, in the plan's order. `LedgerError` when it does not fit."""
         if plan.step != self.step or self._rows is not None:
             raise LedgerError(f"plan {plan.step} came where {'result' if self._rows is not None else 'plan'} {self.step} was due")
-        if plan.digest != self.digest:
+        if plan.digest != self.digest and not plan.ahead:
             raise LedgerError(f"digest {self.digest:x} before step {plan.step}, the scheduler has {plan.digest:x}")
         for request in plan.abort:
             self.release(request)
@@ -91,7 +91,11 @@ class Ledger:
             self.sequences[admit.request] = self.sequence_of(admit)
             self._events.extend((1, admit.request & 0x7FFFFFFFFFFFFFFF))
         # All matches come before any eviction, so that no row of this plan evicts what a later one counts on.
-        starting = [(self._sequence(request), length) for request, length in zip(plan.run, plan.lengths, strict=True)]
+        starting = [
+            (self._sequence(request), length)
+            for request, length in zip(plan.run, plan.lengths, strict=True)
+            if not plan.ahead or request in self.sequences
+        ]
         for sequence, _ in starting:
             if not sequence.pages:
                 self._match(sequence)

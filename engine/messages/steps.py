@@ -52,7 +52,7 @@ class Plan(Message):
     epoch: int
     step: int
     digest: int
-    """The ledger's digest before this plan, by the scheduler's mirror."""
+    """The ledger's digest before this plan, by the scheduler's mirror; not known where `ahead`."""
     abort: list[int]
     preempt: list[int]
     admit: list[Admit]
@@ -60,6 +60,8 @@ class Plan(Message):
     """Requests that compute in this step, in batch order."""
     lengths: list[int]
     """How many of its tokens each computes."""
+    ahead: bool = False
+    """Written before the result of the step before was known: requests that this ended are passed over."""
 
 
 class StepTimes(Message):

@@ -14,7 +14,7 @@ Many newcomers with the same new prefix: the first computes it, the others wait 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
-from headrace.engine.ledger.ledger import Ledger
+from headrace.engine.ledger.ledger import Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
 
 MOST_PASSED_OVER = 64
@@ -100,6 +100,19 @@ def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], l
     if waiting and budget and not decision.preempt:
         _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget)
     return decision
+
+
+def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence]) -> list[Sequence]:
+    """The sequences of a step in flight that compute one more token each in the next one, whatever the step's result may be.
+
+    `rows` are those of the step, `running` all sequences with pages. Empty when the next step cannot be known yet: something else than
+    decoding goes on, or pages could run out. A sequence that its next token ends by an end token is among them all the same.
+    """
+    if len(rows) != len(running) or not all(row.emits for row in rows):
+        return []
+    going_on = [row for row in rows if row.sequence.emitted + 1 < row.sequence.max_tokens]
+    pages = sum(row.start + row.length == len(row.sequence.pages) * ledger.page_size for row in going_on)
+    return [row.sequence for row in going_on] if pages <= ledger.available else []
 
 
 def _admit(

@@ -4,15 +4,20 @@
     Tokens, Refused ◀─ outgoing ◀── mirror ledger ◀── StepResult ◀┘
 
 It holds no tensor and imports no torch. All state of a step lies in the mirror ledger; all state of a request that must outlive a
-worker lies in the journal. One plan is in flight at a time; a new one is written as soon as the result is back.
+worker lies in the journal. While nothing but decoding goes on, a step's successor is sent before its result is back, so that the workers
+never wait for a plan; otherwise a new plan is written as soon as the result is there.
+
+    plan k ──▶ ┌ step k ┐ plan k+1 ──▶ ┌ step k+1 ┐        without: the worker waits from each result to the next plan
+                        └─▶ result k             └─▶ …     ahead:   plan k+1 is there already
 """
 
 import logging
 import math
 import time
 from bisect import insort
+from collections import deque
 
-from headrace.engine.ledger.ledger import Ended, Ledger, LedgerError
+from headrace.engine.ledger.ledger import Ended, Ledger, LedgerError, Row
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.lifecycle import Drain, Drained, PeerDied, Progress, Restart
 from headrace.engine.messages.steps import Begin, FromWorker, Hello, Plan, StepResult, WorkerUp
@@ -22,10 +27,13 @@ from headrace.engine.metrics import SECONDS
 from headrace.engine.names import SUPERVISOR, tokenizer_names, worker_names
 from headrace.engine.process import Process, main
 from headrace.engine.scheduler.journal import Entry, Journal
-from headrace.engine.scheduler.plan import Limits, plan
+from headrace.engine.scheduler.plan import Limits, plan, plan_ahead
 from headrace.engine.scheduler.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+DIGESTS_KEPT = 8
+"""Steps by which a rank may be behind the first and still be checked."""
 
 NO_LOGITS = "the model gave no valid logits for this request (not a number, or nothing but minus infinity): other requests are not affected"
 
@@ -48,6 +56,15 @@ class Scheduler:
         self._aborts: list[int] = []
         """Cancelled requests that the workers still hold."""
         self._in_flight: Plan | None = None
+        """The plan that the mirror has applied, whose result is due."""
+        self._rows: list[Row] = []
+        """Those of the plan in flight."""
+        self._ahead: Plan | None = None
+        """The plan after it, if the workers have it already."""
+        self._digests: deque[tuple[int, int]] = deque(maxlen=DIGESTS_KEPT)
+        """The last steps and the mirror's digests in them, for ranks that are behind the first."""
+        self._early: list[StepResult] = []
+        """Results of ranks that are before the first."""
         self._outgoing: dict[str, Tokens] = {}
         self._draining = self._drained = False
         self._last_step: float | None = None
@@ -83,6 +100,8 @@ class Scheduler:
     def settle(self) -> None:
         if self._ledger is not None and self._in_flight is None and (self._running or self._waiting or self._aborts):
             self._start_step(self._ledger)
+        if self._ledger is not None and self._in_flight is not None and self._ahead is None and not (self._waiting or self._aborts):
+            self._look_ahead(self._ledger)
         for name, tokens in self._outgoing.items():
             self._process.send(name, tokens)
         self._outgoing.clear()
@@ -190,10 +209,9 @@ class Scheduler:
             lengths=[length for _, length in decision.run],
         )
         self._aborts = []
-        rows = ledger.apply(message)
+        self._put_in_flight(message, ledger)
         for name in self._ranks.names:
             self._process.send(name, message)
-        self._in_flight = message
         if decision.preempt:
             self._preempted(decision.preempt)
         if decision.start:
@@ -202,7 +220,22 @@ class Scheduler:
             self._waiting = [sequence for sequence in self._waiting if sequence.request not in started]
             for request in started:
                 self._started(ledger.sequences[request], now)
-        self._meters.step_tokens.observe(sum(row.length for row in rows))
+
+    def _look_ahead(self, ledger: Ledger) -> None:
+        """Send the plan after the one in flight, if its result cannot change it."""
+        going_on = plan_ahead(ledger, self._rows, self._running)
+        if not going_on:
+            return
+        run = [sequence.request for sequence in going_on]
+        self._ahead = Plan(self._epoch, ledger.step + 1, 0, [], [], [], run, [1] * len(run), ahead=True)
+        for name in self._ranks.names:
+            self._process.send(name, self._ahead)
+
+    def _put_in_flight(self, message: Plan, ledger: Ledger) -> None:
+        self._rows = ledger.apply(message)
+        self._digests.append((message.step, ledger.digest))
+        self._in_flight = message
+        self._meters.step_tokens.observe(sum(row.length for row in self._rows))
 
     def _started(self, sequence: Sequence, now: float) -> None:
         """A waiting request has its pages."""
@@ -226,13 +259,13 @@ class Scheduler:
 
     def _take_result(self, result: StepResult) -> None:
         """Commit a step to the mirror and hand out what it emitted."""
-        ledger, in_flight = self._ledger, self._in_flight
-        if ledger is None or in_flight is None or result.epoch != self._epoch or result.step != in_flight.step:
+        ledger = self._ledger
+        if ledger is None or result.epoch != self._epoch:
             return
-        if result.digest != ledger.digest:
-            self._diverged(f"rank {result.rank} has ledger digest {result.digest:x} in step {result.step}, the scheduler {ledger.digest:x}")
+        if result.step > self._digests[-1][0]:
+            self._early.append(result)
             return
-        if result.rank != 0:
+        if not self._agrees(result) or result.rank != 0 or self._in_flight is None or result.step != self._in_flight.step:
             return
         try:
             ended = {end.sequence.request: end for end in ledger.commit(result)}
@@ -240,10 +273,23 @@ class Scheduler:
             self._diverged(str(error))
             return
         now = time.monotonic()
-        self._in_flight = None
+        self._in_flight, ahead, self._ahead = None, self._ahead, None
         self._meters.step(result)
         self._last_step = now
         self._hand_out(result, ended, now)
+        if ahead is not None:
+            self._put_in_flight(ahead, ledger)
+            early, self._early = self._early, []
+            for other in early:
+                self._take_result(other)
+
+    def _agrees(self, result: StepResult) -> bool:
+        """Whether the rank's ledger was the mirror in that step. If not, its epoch is over."""
+        for step, digest in self._digests:
+            if step == result.step and digest != result.digest:
+                self._diverged(f"rank {result.rank} has ledger digest {result.digest:x} in step {step}, the scheduler {digest:x}")
+                return False
+        return True
 
     def _hand_out(self, result: StepResult, ended: dict[int, Ended], now: float) -> None:
         journal = self._journal
@@ -313,7 +359,9 @@ class Scheduler:
     def _leave_epoch(self) -> None:
         """A rank is gone: nothing of the mirror is true any more."""
         self._ledger = None
-        self._in_flight = None
+        self._in_flight = self._ahead = None
+        self._digests.clear()
+        self._early.clear()
         self._running, self._waiting, self._aborts = [], [], []
         for entry in self._journal.entries():
             entry.sequence = None
