@@ -16,6 +16,7 @@
 
 #include "ops.h"
 #include "pages.h"
+#include "rows.h"
 
 namespace headrace::HEADRACE_ISA {
 namespace {
@@ -23,6 +24,7 @@ namespace {
 constexpr int64_t BLOCK = 64;
 constexpr int64_t SPLIT = 256;
 constexpr int64_t TILE_ROWS = 48;
+constexpr int TALL = 6;  // rows whose sums for two vectors stay in registers together
 constexpr int GROUPS = BLOCK / LANES;  // vectors of positions a block
 constexpr float NOTHING = -1e30f;      // the highest score of a row that has seen no position yet
 
@@ -62,23 +64,41 @@ struct Block {
     const T* values[BLOCK];  // [width]
 };
 
+// acc[r][v] += row(r) * column(v). The fewer of both are held in registers, the others come one by one.
+template <int R, int V, class Rows, class Columns>
+inline void add_product(Vec (&acc)[R][V], const Rows& row, const Columns& column) {
+    if constexpr (R < V) {
+        Vec rows[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) rows[r] = row(r);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+            const Vec one = column(v);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) acc[r][v] = fma(rows[r], one, acc[r][v]);
+        }
+    } else {
+        Vec columns[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) columns[v] = column(v);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const Vec one = row(r);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) acc[r][v] = fma(one, columns[v], acc[r][v]);
+        }
+    }
+}
+
 template <int R, int V, class T>
 inline void some_scores(const float* const* q, const T* const* keys, int64_t stride, int64_t dim, float scale, float (*scores)[BLOCK]) {
     Vec acc[R][V] = {};
     for (int64_t d = 0; d < dim; d++) {
-        Vec key[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) key[v] = widen(keys[v] + d * stride);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const Vec qd = all(q[r][d]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) acc[r][v] = fma(qd, key[v], acc[r][v]);
-        }
+        add_product(acc, [&](int r) { return all(q[r][d]); }, [&](int v) { return widen(keys[v] + d * stride); });
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) store(scores[r] + v * LANES, acc[r][v] * all(scale));
 }
 
@@ -92,7 +112,8 @@ void scores_of(const Problem& p, const Block<T>& block, const float* const* q, f
         some_scores<R, V>(q, block.keys + g, stride, p.heads.dim, p.scale, at);
         g += V;
     };
-    while (g + 4 <= groups) some.template operator()<4>();
+    if constexpr (R <= 3)
+        while (g + 4 <= groups) some.template operator()<4>();
     while (g + 2 <= groups) some.template operator()<2>();
     while (g < groups) some.template operator()<1>();
 }
@@ -101,32 +122,26 @@ void scores_of(const Problem& p, const Block<T>& block, const float* const* q, f
 template <int R, int V, class T>
 inline void some_values(const float (*weights)[BLOCK], const T* const* values, int64_t from, int64_t to, int64_t at, float* const* out) {
     Vec acc[R][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) acc[r][v] = load(out[r] + at + v * LANES);
     for (int64_t j = from; j < to; j++) {
         const T* value = values[j] + at;
-        Vec part[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) part[v] = widen(value + v * LANES);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const Vec weight = all(weights[r][j]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) acc[r][v] = fma(weight, part[v], acc[r][v]);
-        }
+        add_product(acc, [&](int r) { return all(weights[r][j]); }, [&](int v) { return widen(value + v * LANES); });
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) store(out[r] + at + v * LANES, acc[r][v]);
 }
 
 template <int R, class T>
 void add_values(const float (*weights)[BLOCK], const T* const* values, int64_t from, int64_t to, int64_t width, float* const* out) {
     int64_t d = 0;
-    for (; d + 4 * LANES <= width; d += 4 * LANES) some_values<R, 4>(weights, values, from, to, d, out);
+    if constexpr (R <= 3)
+        for (; d + 4 * LANES <= width; d += 4 * LANES) some_values<R, 4>(weights, values, from, to, d, out);
+    for (; d + 2 * LANES <= width; d += 2 * LANES) some_values<R, 2>(weights, values, from, to, d, out);
     for (; d < width; d += LANES) some_values<R, 1>(weights, values, from, to, d, out);
 }
 
@@ -160,15 +175,6 @@ inline void soften(float* scores, int64_t from, int64_t to, int64_t width, float
     }
     for (int i = groups; i < GROUPS; i++) store(scores + i * LANES, all(0.0f));
     state[1] += sum(total);
-}
-
-// Calls work.template operator()<R>(first) for `rows` rows, a few at a time.
-template <class Work>
-inline void by_threes(int64_t rows, const Work& work) {
-    int64_t r = 0;
-    for (; rows - r >= 3 && rows - r != 4; r += 3) work.template operator()<3>(r);
-    for (; rows - r >= 2; r += 2) work.template operator()<2>(r);
-    if (r < rows) work.template operator()<1>(r);
 }
 
 struct Row {
@@ -210,7 +216,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
             const int64_t position = block.begin + j;
             block.values[j] = pages.value(table[position / p.kv.page_size], position % p.kv.page_size);
         }
-        by_threes(to_row - from_row, [&]<int R>(int64_t r) {
+        by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
             const float* q[R];
             for (int i = 0; i < R; i++) q[i] = row[from_row + r + i].q;
             scores_of<R>(p, block, q, scores + from_row + r);
@@ -223,7 +229,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
                 std::fill(scores[r], scores[r] + BLOCK, 0.0f);
             }
         }
-        by_threes(to_row - from_row, [&]<int R>(int64_t r) {
+        by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
             float* out[R];
             int64_t seen = 0;  // positions behind these rows may hold anything
             for (int i = 0; i < R; i++) {

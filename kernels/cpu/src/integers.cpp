@@ -1,9 +1,8 @@
 // y = x W^T + b for codes and x as int8.
 //
-// For each unit of inputs in turn (32, or the group if that is 16), with the unit's exact sum of code * x, and the scale of the weight
-// times that of x, rounded:
+// For each unit of inputs in turn (32, or the group if that is 16), with the unit's exact sum of code * x:
 //
-//   acc = fma(sum, scale, acc), then acc = fma(minimum, x's sum times its scale, acc) if there are minimums
+//   acc = fma(minimum, x's sum times its scale, acc) if there are minimums, then acc = fma(sum * x's scale, scale, acc)
 //
 // from 0; then the bias is added. That is the whole definition, whatever the number of rows, the instruction set and however the work
 // is cut. Two ways differ in where things lie meanwhile:
@@ -13,6 +12,7 @@
 #include <algorithm>
 
 #include "dots.h"
+#include "rows.h"
 
 namespace headrace::HEADRACE_ISA {
 namespace {
@@ -20,24 +20,24 @@ namespace {
 using wide::Floats;
 
 constexpr int64_t FEW = 8;          // rows up to which codes are unpacked anew for every few of them
-constexpr int64_t DEPTH = 512;      // inputs unpacked at once: 8 KiB of codes a panel
+constexpr int64_t DEPTH = 640;      // inputs unpacked at once: 20 KiB of codes for all panels
 constexpr int64_t ROWS = 96;        // rows that share them; their x stays in the second-level cache
 constexpr int64_t WORTH = 1 << 19;  // multiply-adds that are worth handing to a thread
 
-constexpr int PAIR = 2;             // panels that are unpacked together
+constexpr int SIDE = 2;             // panels that are unpacked together: each few rows of x are read once for all of them
 
-// Rows whose sums stay in registers together, with one panel and with two.
+// Rows whose sums stay in registers together.
 #if defined(__AVX2__)
-constexpr int TALL = 4, TALL_PAIR = 3;
+constexpr int TALL = 4;
 #else
-constexpr int TALL = 1, TALL_PAIR = 1;
+constexpr int TALL = 1;
 #endif
 
-// A unit of inputs of PAIR panels, unpacked: scales, minimums, and a byte a code, for 4 inputs at a time.
+// A unit of inputs of a panel, unpacked: scales, minimums, and a byte a code, for 4 inputs at a time.
 template <int UNIT>
 struct Unpacked {
-    float scales[PAIR * PANEL], minimums[PAIR * PANEL];
-    uint8_t codes[UNIT * PAIR * PANEL];
+    float scales[PANEL], minimums[PANEL];
+    uint8_t codes[UNIT * PANEL];
 };
 
 // The units of a panel in turn, as they are stored.
@@ -72,7 +72,7 @@ struct Stream {
 template <int UNIT>
 struct Scratch {
     static constexpr bool PACKED = false;
-    static constexpr int VECTORS = PAIR * PARTS;
+    static constexpr int VECTORS = PARTS;
 
     const Unpacked<UNIT>* unit;
 
@@ -113,8 +113,8 @@ inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, 
                 for (int v = 0; v < V; v++) {
                     Floats sum = wide::floats(products[r][v]);
                     if constexpr (HIGH) sum = wide::fma(high, x_sum, sum);
-                    acc[r][v] = wide::fused(sum, units.factor(v) * x_scale, acc[r][v]);
                     if constexpr (minimums) acc[r][v] = wide::fused(units.minimum(v), x_sum, acc[r][v]);
+                    acc[r][v] = wide::fused(sum * x_scale, units.factor(v), acc[r][v]);
                 }
             }
         }
@@ -122,25 +122,6 @@ inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, 
     for (int r = 0; r < N; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) wide::store(sums + (r * V + v) * wide::WIDTH, acc[r][v]);
-}
-
-// Calls use(first row, rows) for tiles of at most `tall` rows and about equal height.
-template <class Use>
-inline void tiles(int64_t rows, int64_t tall, const Use& use) {
-    const int64_t count = (rows + tall - 1) / tall, height = rows / count, taller = rows % count;
-    for (int64_t tile = 0, r = 0; tile < count; tile++) {
-        const int64_t n = height + (tile < taller);
-        use(r, n);
-        r += n;
-    }
-}
-
-// Calls use<n>(), n being at most MOST.
-template <int MOST, class Use>
-inline void with_height(int64_t n, const Use& use) {
-    if constexpr (MOST > 1)
-        if (n < MOST) return with_height<MOST - 1>(n, use);
-    use.template operator()<MOST>();
 }
 
 template <Form F, int UNIT, bool minimums>
@@ -160,65 +141,63 @@ struct Product {
         alignas(64) float sums[FEW * PANEL];
         std::fill(sums, sums + rows * PANEL, 0.0f);
         const int64_t steps = w.inputs / QUANTUM;
-        tiles(rows, TALL, [&](int64_t r, int64_t n) {
-            const Stream<F, UNIT> units(blocks, panel, w.group);
-            with_height<TALL>(n, [&]<int N>() { add<N>(units, x + r * stride, steps, sums + r * PANEL); });
+        by_heights<TALL>(rows, [&]<int N>(int64_t r) {
+            add<N>(Stream<F, UNIT>(blocks, panel, w.group), x + r * stride, steps, sums + r * PANEL);
         });
-        finish<1>(sums, rows, panel, y, width);
+        finish(sums, rows, panel, y, width);
     }
 
-    // Of two panels. The last may stand alone: then it is taken twice.
-    void more_rows(const uint8_t* x, int64_t rows, int64_t panel, float* y, int64_t width) const {
-        alignas(64) Unpacked<UNIT> unpacked[DEPTH / UNIT];
-        alignas(64) float sums[ROWS * PAIR * PANEL];
-        std::fill(sums, sums + rows * PAIR * PANEL, 0.0f);
+    // Of up to SIDE panels.
+    void more_rows(const uint8_t* x, int64_t rows, int64_t panel, int64_t panels, float* y, int64_t width) const {
+        alignas(64) Unpacked<UNIT> unpacked[SIDE][DEPTH / UNIT];
+        alignas(64) float sums[SIDE][ROWS * PANEL];
+        for (int64_t p = 0; p < panels; p++) std::fill(sums[p], sums[p] + rows * PANEL, 0.0f);
         const int64_t steps = w.inputs / QUANTUM, stretches = (w.inputs + DEPTH - 1) / DEPTH, longest = (steps + stretches - 1) / stretches;
-        Stream<F, UNIT> streams[PAIR] = {{blocks, panel, w.group}, {blocks, std::min(panel + 1, last_panel()), w.group}};
+        static_assert(SIDE == 2);
+        Stream<F, UNIT> streams[SIDE] = {{blocks, panel, w.group}, {blocks, panel + 1, w.group}};
         for (int64_t step = 0; step < steps; step += longest) {
             const int64_t count = std::min(longest, steps - step);
-            for (int p = 0; p < PAIR; p++)
-                for (int64_t unit = 0; unit < count * (QUANTUM / UNIT); unit++) unpack(streams[p], p, unpacked[unit]);
+            for (int64_t p = 0; p < panels; p++) {
+                for (int64_t unit = 0; unit < count * (QUANTUM / UNIT); unit++) unpack(streams[p], unpacked[p][unit]);
+            }
             const uint8_t* from = x + step * quantized_step(UNIT);
-            tiles(rows, TALL_PAIR, [&](int64_t r, int64_t n) {
-                const Scratch<UNIT> units{unpacked};
-                with_height<TALL_PAIR>(n, [&]<int N>() { add<N>(units, from + r * stride, count, sums + r * PAIR * PANEL); });
+            by_heights<TALL>(rows, [&]<int N>(int64_t r) {
+                for (int64_t p = 0; p < panels; p++)
+                    add<N>(Scratch<UNIT>{unpacked[p]}, from + r * stride, count, sums[p] + r * PANEL);
             });
         }
-        finish<PAIR>(sums, rows, panel, y, width);
+        for (int64_t p = 0; p < panels; p++) finish(sums[p], rows, panel + p, y, width);
     }
 
-    static void unpack(Stream<F, UNIT>& from, int p, Unpacked<UNIT>& to) {
+    static void unpack(Stream<F, UNIT>& from, Unpacked<UNIT>& to) {
         const uint8_t* codes = from.next();
         for (int part = 0; part < PARTS; part++) {
-            wide::store(to.scales + p * PANEL + part * wide::WIDTH, from.factor(part));
-            if constexpr (minimums) wide::store(to.minimums + p * PANEL + part * wide::WIDTH, from.minimum(part));
+            wide::store(to.scales + part * wide::WIDTH, from.factor(part));
+            if constexpr (minimums) wide::store(to.minimums + part * wide::WIDTH, from.minimum(part));
         }
 #pragma GCC unroll 8
         for (int i = 0; i < UNIT / 4; i++) {
             wide::Ints four[PARTS];
             dots::load<Stream<F, UNIT>::PACKED>(codes + i * (from.BYTES / (UNIT / 4)), four);
-            std::memcpy(to.codes + (i * PAIR + p) * 4 * PANEL, four, sizeof four);
+            std::memcpy(to.codes + i * 4 * PANEL, four, sizeof four);
         }
     }
 
-    // The sums of PANELS panels, with their bias.
-    template <int PANELS>
+    // The sums of a panel, with their bias.
     void finish(const float* sums, int64_t rows, int64_t panel, float* y, int64_t width) const {
-        const int64_t n = panel * PANEL, count = std::min<int64_t>(PANELS * PANEL, w.outputs - n);
-        for (int64_t r = 0; r < rows; r++, sums += PANELS * PANEL, y += width)
+        const int64_t n = panel * PANEL, count = std::min<int64_t>(PANEL, w.outputs - n);
+        for (int64_t r = 0; r < rows; r++, sums += PANEL, y += width)
             if (w.bias)
                 for (int64_t i = 0; i < count; i++) y[n + i] = sums[i] + w.bias[n + i];
             else
                 std::memcpy(y + n, sums, count * sizeof(float));
     }
 
-    int64_t last_panel() const { return (w.outputs - 1) / PANEL; }
-
     // Panels [first, last) of some rows.
     void operator()(const uint8_t* x, int64_t rows, int64_t first, int64_t last, float* y, int64_t width) const {
         if (rows <= FEW)
             for (; first < last; first++) few_rows(x, rows, first, y, width);
-        for (; first < last; first += PAIR) more_rows(x, rows, first, y, width);
+        for (; first < last; first += SIDE) more_rows(x, rows, first, std::min<int64_t>(SIDE, last - first), y, width);
     }
 };
 
@@ -237,10 +216,10 @@ void linear_int8(Pool& pool, const Linear& w, const uint8_t* x, int64_t rows, fl
     const int64_t panels = (w.outputs + PANEL - 1) / PANEL, stride = quantized_bytes(w);
     // Blocks of rows are about equal; a unit of work is some panels of one block: enough to be worth a hand-over, enough of them to
     // balance, and whole pairs where pairs are taken.
-    const int64_t blocks = (rows + ROWS - 1) / ROWS, height = (rows + blocks - 1) / blocks, pair = height > FEW ? PAIR : 1;
+    const int64_t blocks = (rows + ROWS - 1) / ROWS, height = (rows + blocks - 1) / blocks, side = height > FEW ? SIDE : 1;
     const int64_t wanted = std::max<int64_t>(1, WORTH / (height * w.inputs * PANEL));
     const int64_t most = std::max<int64_t>(1, panels / (4 * pool.threads()));
-    const int64_t each = (std::min(wanted, most) + pair - 1) / pair * pair, groups = (panels + each - 1) / each;
+    const int64_t each = (std::min(wanted, most) + side - 1) / side * side, groups = (panels + each - 1) / each;
     with_product(w, [&](const auto& product) {
         pool.run(groups * blocks, [&](int64_t unit) {
             const int64_t row = unit / groups * height, first = unit % groups * each;

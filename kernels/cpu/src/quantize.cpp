@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t WORTH = 1 << 15;  // values that are worth handing to a thread
 
-typedef int8_t Bytes __attribute__((vector_size(8)));
-
 constexpr int32_t INFINITY_BITS = 0x7f800000, NAN_BITS = 0x7fc00000;
 
 inline Ints larger_of(Ints a, Ints b) { return a > b ? a : b; }
@@ -26,6 +24,19 @@ inline int32_t largest_of(Ints v) {
     v = larger_of(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
     v = larger_of(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
     return std::max(v[0], v[1]);
+}
+
+// The lowest bytes of all lanes.
+inline void store_bytes(uint8_t* p, Ints v) {
+#if defined(__AVX2__)
+    const __m256i all = reinterpret_cast<__m256i>(v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(8)));
+    const Bytes bytes = __builtin_convertvector(v, Bytes);
+    std::memcpy(p, &bytes, sizeof bytes);
+#endif
 }
 
 // 32 inputs. As integers, the bits of magnitudes are ordered as those are, infinity and NaN above.
@@ -55,8 +66,7 @@ void quantize_step(const float* x, bool scaled, uint8_t* out) {
         for (int i = unit * VECTORS / UNITS; i < (unit + 1) * VECTORS / UNITS; i++) {
             // adding 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits
             const Ints codes = std::bit_cast<Ints>(values[i] * all(inverse) + all(12582912.0f)) - 0x4b400000;
-            const Bytes bytes = __builtin_convertvector(codes, Bytes);
-            std::memcpy(out + sizeof head + i * LANES, &bytes, sizeof bytes);
+            store_bytes(out + sizeof head + i * LANES, codes);
             sum += codes;
         }
         const float whole = static_cast<float>(sum_of(sum));
