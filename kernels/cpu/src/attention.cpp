@@ -62,6 +62,17 @@ struct Block {
     int64_t begin, known;
     const T* keys[GROUPS];   // of eight positions each, [D][page_size]
     const T* values[BLOCK];  // [width]
+
+    // Finds keys and values of the known positions. Groups behind them stand where the last does.
+    void place(const Pages<T>& pages, const int32_t* table, int64_t page_size) {
+        int64_t page = begin / page_size, offset = begin % page_size;
+        for (int64_t j = 0; j < known; j++) {
+            if (j % LANES == 0) keys[j / LANES] = pages.keys(table[page]) + offset;
+            values[j] = pages.value(table[page], offset);
+            if (++offset == page_size) page++, offset = 0;
+        }
+        for (int64_t g = (known + LANES - 1) / LANES; g < GROUPS; g++) keys[g] = keys[g - 1];
+    }
 };
 
 // acc[r][v] += row(r) * column(v). The fewer of both are held in registers, the others come one by one.
@@ -208,14 +219,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
         int64_t from_row = 0, to_row = rows;
         while (from_row < to_row && row[from_row].last < block.begin) from_row++;
         while (to_row > from_row && row[to_row - 1].first >= block.begin + block.known) to_row--;
-        for (int g = 0; g < GROUPS; g++) {
-            const int64_t position = block.begin + std::min<int64_t>(g * LANES, (block.known - 1) / LANES * LANES);
-            block.keys[g] = pages.keys(table[position / p.kv.page_size]) + position % p.kv.page_size;
-        }
-        for (int64_t j = 0; j < block.known; j++) {
-            const int64_t position = block.begin + j;
-            block.values[j] = pages.value(table[position / p.kv.page_size], position % p.kv.page_size);
-        }
+        block.place(pages, table, p.kv.page_size);
         by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
             const float* q[R];
             for (int i = 0; i < R; i++) q[i] = row[from_row + r + i].q;

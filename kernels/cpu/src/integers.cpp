@@ -124,6 +124,18 @@ inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, 
         for (int v = 0; v < V; v++) wide::store(sums + (r * V + v) * wide::WIDTH, acc[r][v]);
 }
 
+// The panels that come next, asked for bit by bit while these are computed: their stream has stopped, and the machine has lost it.
+struct Ahead {
+    const uint8_t *at, *end;
+    int64_t each;
+
+    Ahead(const uint8_t* begin, const uint8_t* end, int64_t times) : at(begin), end(end), each((end - begin) / times + 64) {}
+
+    void ask() {
+        for (const uint8_t* stop = std::min(end, at + each); at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 template <Form F, int UNIT, bool minimums>
 struct Product {
     const Linear& w;
@@ -153,15 +165,20 @@ struct Product {
         alignas(64) float sums[SIDE][ROWS * PANEL];
         for (int64_t p = 0; p < panels; p++) std::fill(sums[p], sums[p] + rows * PANEL, 0.0f);
         const int64_t steps = w.inputs / QUANTUM, stretches = (w.inputs + DEPTH - 1) / DEPTH, longest = (steps + stretches - 1) / stretches;
+        Ahead next(w.panels + (panel + panels) * blocks.panel_bytes, w.panels + std::min(panel + 2 * panels, panels_end()) * blocks.panel_bytes,
+                   stretches * ((rows + TALL - 1) / TALL));
         static_assert(SIDE == 2);
         Stream<F, UNIT> streams[SIDE] = {{blocks, panel, w.group}, {blocks, panel + 1, w.group}};
         for (int64_t step = 0; step < steps; step += longest) {
             const int64_t count = std::min(longest, steps - step);
-            for (int64_t p = 0; p < panels; p++) {
+            for (int64_t p = 0; p < panels; p++)
                 for (int64_t unit = 0; unit < count * (QUANTUM / UNIT); unit++) unpack(streams[p], unpacked[p][unit]);
-            }
             const uint8_t* from = x + step * quantized_step(UNIT);
             by_heights<TALL>(rows, [&]<int N>(int64_t r) {
+                next.ask();
+                if (step == 0)
+                    for (int i = 0; i < N; i++)
+                        for (int64_t p = 0; p < panels; p++) __builtin_prefetch(y + (r + i) * width + (panel + p) * PANEL, 1, 2);
                 for (int64_t p = 0; p < panels; p++)
                     add<N>(Scratch<UNIT>{unpacked[p]}, from + r * stride, count, sums[p] + r * PANEL);
             });
@@ -182,6 +199,8 @@ struct Product {
             std::memcpy(to.codes + i * 4 * PANEL, four, sizeof four);
         }
     }
+
+    int64_t panels_end() const { return (w.outputs + PANEL - 1) / PANEL; }
 
     // The sums of a panel, with their bias.
     void finish(const float* sums, int64_t rows, int64_t panel, float* y, int64_t width) const {
