@@ -19,6 +19,7 @@ Shapes: T tokens of R requests in a flat batch; H hidden size; Hq query heads an
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -192,6 +193,11 @@ class Backend(Protocol):
     name: str
     """"reference", "cpu" or "triton"."""
 
+    def keep(self, folder: Path, version: str) -> None:
+        """What is prepared from now on may be kept in `folder`, which is the model's own, for later starts. `version` changes with what
+        the weights are made from. Without this call nothing is kept."""
+        ...
+
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Prepared:
         """A linear layer's weight. Several weights of equal K are stacked along N, so that one call computes them all.
 
@@ -218,7 +224,9 @@ class Backend(Protocol):
         """Bytes that one page takes in all layers together."""
         ...
 
-    def compile(self, model: Model, kv: Sequence[KVPages]) -> Program: ...
+    def compile(self, model: Model, kv: Sequence[KVPages]) -> Program:
+        """The model's ops on these pages. Every weight has been prepared by now."""
+        ...
 
     def sample(self, logits: Array, batch: SamplingBatch) -> Sampled:
         """Choose one token for each row of logits [B, V]. FloatingPointError where a row is invalid; see `Sampling` for order and

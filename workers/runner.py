@@ -23,6 +23,7 @@ from headrace.engine.sizes import parse_size
 from headrace.kernels.ops import Array, Backend, SamplingBatch
 from headrace.kernels.select import KernelsUnavailable, make_backend
 from headrace.workers.batch import build_batch
+from headrace.workers.cache import weights_folder, weights_version
 from headrace.workers.loader import open_checkpoint
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.families import describe
@@ -164,6 +165,7 @@ async def build(process: Process) -> Worker:
     # Before the weights, so that too little memory is told at once.
     page_bytes = backend.page_bytes(len(described.layers), config.page_size, head_shape(described), config.kv_dtype)
     pages = page_count(page_bytes, config.kv_memory)
+    backend.keep(weights_folder(checkpoint), weights_version(checkpoint))
     decoder = Decoder(described, names, checkpoint, backend, model.context)
     runner = ModelRunner(decoder, backend, pages, config.page_size, config.kv_dtype)
     runner.warm_up()

@@ -1,7 +1,7 @@
 """The native backend for CPUs: C++ behind the op table, for weights as they are stored.
 
 `src/` has one op a file, compiled for each instruction set and chosen when the extension is loaded. `packed.py` packs weights when
-a model is loaded; `recorder.py` puts the model's ops on a tape that a step replays in one call, on threads of its own; `sampling.py` has
+a model is loaded for the first time and `store.py` keeps them; `recorder.py` puts the model's ops on a tape that a step replays in one call, on threads of its own; `sampling.py` has
 the same threads choose the tokens.
 """
 
@@ -22,9 +22,10 @@ except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
 from headrace.kernels.cpu import sampling
-from headrace.kernels.cpu.packed import Packed, in_memory, pack
+from headrace.kernels.cpu.packed import FORMAT, Packed, Part, in_memory, pack
 from headrace.kernels.cpu.pages import Pages, page_bytes
 from headrace.kernels.cpu.recorder import CpuProgram
+from headrace.kernels.cpu.store import PackedStore
 
 INSTRUCTION_SETS: list[str] = _native.instruction_sets()
 """What this machine can run, best first."""
@@ -72,13 +73,27 @@ class CpuBackend:
         self._engine = _native.Engine(threads or cores, isa or os.environ.get("HEADRACE_CPU_ISA", ""))
         self._activations = activations
         self._packed: dict[str, Packed] = {}
+        self._store: PackedStore | None = None
         self.isa: str = self._engine.isa
         self.threads: int = self._engine.threads
 
+    def keep(self, folder: Path, version: str) -> None:
+        self._store = PackedStore(folder / f"{version}-{FORMAT}.packed")
+
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Packed:
         if name not in self._packed:
-            self._packed[name] = Packed(pack(self._engine, weights(), in_memory), bias, self._activations)
+            self._packed[name] = Packed(self._parts(name, weights), bias, self._activations)
         return self._packed[name]
+
+    def _parts(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Sequence[tuple[Part, np.ndarray]]:
+        """The packed weight: from the store if it is there, else made, and left there."""
+        if self._store is None:
+            return pack(self._engine, weights(), in_memory)
+        parts = self._store.get(name)
+        if parts is None:
+            parts = pack(self._engine, weights(), self._store.allocate)
+            self._store.add(name, parts)
+        return parts
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Packed:
         return self.prepare(name, lambda: [weight()])
@@ -99,6 +114,8 @@ class CpuBackend:
         return page_bytes(layers, page_size, heads, dtype)
 
     def compile(self, model: Model, kv: Sequence[Pages]) -> CpuProgram:
+        if self._store is not None:
+            self._store.publish()
         return CpuProgram(self._engine, model, kv)
 
     def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Sampled:

@@ -6,6 +6,7 @@ itself: every op runs at once.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ class ReferenceBackend:
         self._rounding = activations == "int8"
         if threads is not None:
             torch.set_num_threads(threads)
+
+    def keep(self, folder: Path, version: str) -> None:
+        """Nothing is kept: weights are dequantized at every start."""
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> PreparedLinear:
         return prepare(weights(), bias, self.device, self._rounding)

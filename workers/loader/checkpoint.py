@@ -8,6 +8,7 @@ asked for: a rank that asks for its share touches only the pages of its share.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,11 +24,18 @@ class Checkpoint(Protocol):
 
     format: str
     """"gguf" or "huggingface"."""
+    path: Path
+    """The GGUF file, or the directory."""
     metadata: Mapping[str, Any]
     """config.json, or the metadata of a GGUF file."""
 
     def names(self) -> list[str]:
         """All tensors, in file order."""
+        ...
+
+    @property
+    def files(self) -> set[Path]:
+        """All that weights are read from."""
         ...
 
     def __contains__(self, name: str) -> bool: ...

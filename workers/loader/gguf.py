@@ -28,6 +28,10 @@ class GGUFCheckpoint:
     def names(self) -> list[str]:
         return list(self._file.tensors)
 
+    @property
+    def files(self) -> set[Path]:
+        return {self.path}
+
     def __contains__(self, name: str) -> bool:
         return name in self._file.tensors
 

@@ -29,6 +29,10 @@ class SafetensorsCheckpoint:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    @property
+    def files(self) -> set[Path]:
+        return {stored.file for stored in self._tensors.values()}
+
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
