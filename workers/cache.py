@@ -1,6 +1,6 @@
 """Where what was made of a model's files is kept between starts.
 
-    $XDG_CACHE_HOME/headrace/weights/<model>-<hash of its path>/
+$XDG_CACHE_HOME/headrace/weights/<model>-<hash of its path>/
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from headrace.workers.loader import Checkpoint
 
 def cache_folder() -> Path:
     """The folder for everything that can be made again, by the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if os.path.isabs(base) else Path.home() / ".cache") / "headrace"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "headrace"
 
 
 def weights_folder(checkpoint: Checkpoint) -> Path:

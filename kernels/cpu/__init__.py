@@ -1,8 +1,8 @@
 """The native backend for CPUs: C++ behind the op table, for weights as they are stored.
 
 `src/` has one op a file, compiled for each instruction set and chosen when the extension is loaded. `packed.py` packs weights when
-a model is loaded for the first time and `store.py` keeps them; `recorder.py` puts the model's ops on a tape that a step replays in one call, on threads of its own; `sampling.py` has
-the same threads choose the tokens.
+a model is loaded for the first time, and `store.py` keeps them; `recorder.py` puts the model's ops on a tape that a step replays in one
+call, on threads of its own; `sampling.py` has the same threads choose the tokens.
 """
 
 import hashlib

@@ -54,7 +54,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
             return False
         if self.group == 16:
             return self.form == _INT6 and not self.minimums
-        return self.group % _QUANTUM == 0 and (self.form in (_INT4, _INT6) or self.form == _INT8 and not self.minimums)
+        return self.group % _QUANTUM == 0 and (self.form in (_INT4, _INT6) or (self.form == _INT8 and not self.minimums))
 
 
 class Packed:

@@ -102,7 +102,8 @@ def test_the_largest_codes_do_not_overflow(engines, bits):
     packed = engines[0].prepare([grouped_int(codes, torch.ones(16, 2), None, 32, bits)])
     for sign in (1.0, -1.0):
         for rows in (1, 12):
-            assert torch.equal(engines[0].linear(torch.full((rows, 64), 127.0 * sign), packed), torch.full((rows, 16), 127.0 * sign * low * 64))
+            x = torch.full((rows, 64), 127.0 * sign)
+            assert torch.equal(engines[0].linear(x, packed), torch.full((rows, 16), 127.0 * sign * low * 64))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

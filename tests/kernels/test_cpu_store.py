@@ -14,9 +14,10 @@ from tests.kernels.paged import dense, grouped_int, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 
+CODES = torch.randint(0, 16, (40, 64), dtype=torch.int8)
 WEIGHTS = {
     "mixed": [
-        grouped_int(torch.randint(0, 16, (40, 64), dtype=torch.int8), random(40, 2).half().float(), random(40, 2, seed=1).half().float(), 32, 4),
+        grouped_int(CODES, random(40, 2).half().float(), random(40, 2, seed=1).half().float(), 32, 4),
         dense(random(23, 64)),
     ],
     "dense": [dense(random(50, 64, seed=2).bfloat16())],
