@@ -111,9 +111,11 @@ class Scheduler:
     def progress(self) -> Progress:
         """The engine's pulse, and the gauges that go with it."""
         now = time.monotonic()
-        self._meters.show(self._ledger, len(self._running), len(self._journal) - len(self._running))
+        # Cancelled requests run until the workers have been told.
+        running = len(self._running) + len(self._aborts)
+        self._meters.show(self._ledger, running, len(self._journal) - len(self._running))
         return Progress(
-            running=len(self._running),
+            running=running,
             waiting=len(self._journal) - len(self._running),
             workers_ready=self._ranks.ready,
             last_step_age_s=None if self._last_step is None else now - self._last_step,

@@ -90,6 +90,8 @@ class Engine:
     def threads(self) -> int: ...
     def choose(self, parts: Sequence[Rows], inputs: int, group: int, /) -> tuple[int, int, int]:
         """Form, kind of scales, and offset of codes."""
+    def probe(self) -> tuple[float, float, float]:
+        """The most of this machine: operations on floats, operations on int8, and bytes read from memory, a second."""
     def pack(self, parts: Sequence[Rows], weight: Linear, to: int, /) -> None: ...
     def sample(
         self,

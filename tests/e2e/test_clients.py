@@ -19,8 +19,8 @@ from headrace.engine.messages.sampling import Sampling
 from tests.client.test_chat import Terminal
 from tests.serving import ROOT
 
-PARIS = [{"role": "user", "content": "What is the capital of France?"}]
-ANSWER = "The capital of France is Paris."
+TOKYO = [{"role": "user", "content": "What is the capital of Japan?"}]
+ANSWER = "The capital of Japan is Tokyo."
 
 
 # The library over HTTP
@@ -30,25 +30,25 @@ def test_the_client_asks_and_streams_the_same(served):
     with Client(served.url) as client:
         assert client.health().status == "ok"
         assert client.default_model() == served.model
-        whole = client.chat(PARIS, temperature=0, max_tokens=32)
+        whole = client.chat(TOKYO, temperature=0, max_tokens=32)
         assert whole.choices[0].message.content == ANSWER
-        with client.chat_stream(PARIS, temperature=0, max_tokens=32, stream_options={"include_usage": True}) as stream:
+        with client.chat_stream(TOKYO, temperature=0, max_tokens=32, stream_options={"include_usage": True}) as stream:
             chunks = list(stream)
         assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == ANSWER
         assert chunks[-1].usage and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
         ids = client.tokenize("Grüße aus 東京")
         assert client.detokenize(ids) == "Grüße aus 東京"
         with pytest.raises(BadRequest, match="temperature=3 is out of range") as refused:
-            client.chat(PARIS, temperature=3)
+            client.chat(TOKYO, temperature=3)
         assert refused.value.param == "temperature"
         with pytest.raises(NotFound, match="does not exist"):
-            client.chat(PARIS, model="gpt-7")
+            client.chat(TOKYO, model="gpt-7")
 
 
 async def test_the_asynchronous_client_asks_many_at_once(served):
     async with AsyncClient(served.url) as client:
         chat, plain, stream = await asyncio.gather(
-            client.chat(PARIS, temperature=0, max_tokens=32),
+            client.chat(TOKYO, temperature=0, max_tokens=32),
             client.complete(["One, two,", "Monday, Tuesday,"], temperature=0, max_tokens=4, logprobs=1),
             client.complete_stream("One, two,", temperature=0, max_tokens=4),
         )
@@ -106,7 +106,7 @@ async def test_the_direct_client_needs_no_server_in_between(served, direct):
         await direct.detokenize((1 << 30,))
     ids = direct.new_ids(2)
     sinks = [Kept(), Kept()]
-    prompt = ChatPrompt(msgspec.json.encode(PARIS))
+    prompt = ChatPrompt(msgspec.json.encode(TOKYO))
     direct.generate(Generate(ids, (1, 2), prompt, Sampling(max_tokens=32, temperature=0.0)), sinks)
     for sink in sinks:
         end = await asyncio.wait_for(sink.over, 30)
@@ -169,7 +169,7 @@ def test_bench_against_nobody_is_one_line():
 def test_chat_in_a_terminal_answers_stops_and_leaves(served, tmp_path):
     terminal = Terminal(tmp_path, "--url", served.url, "--temperature", "0")
     try:
-        terminal.say("What is the capital of France?\n")
+        terminal.say("What is the capital of Japan?\n")
         terminal.wait_for(ANSWER)
         terminal.say("Tell me a very long story about the sea.\n")
         terminal.wait_for("sea")
@@ -185,7 +185,7 @@ def test_chat_in_a_terminal_answers_stops_and_leaves(served, tmp_path):
 
 
 def test_chat_through_a_pipe_is_one_answer_a_line(served):
-    ended = command("chat", "--url", served.url, "--temperature", "0", input=PARIS[0]["content"] + "\n")
+    ended = command("chat", "--url", served.url, "--temperature", "0", input=TOKYO[0]["content"] + "\n")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, ANSWER + "\n", "")
 
 

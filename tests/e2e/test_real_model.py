@@ -19,7 +19,7 @@ import pytest
 from tests.e2e.streams import Got, Streams, differences, run
 from tests.serving import REAL, Served
 
-FEW_PAGES = {"page_size": 8, "kv_memory": str(32 * 2 * 4 * 30 * 3 * 64 * 8)}
+FEW_PAGES = {"page_size": 8, "kv_memory": str(32 * 2 * 2 * 30 * 3 * 64 * 8)}
 """32 pages of 8 tokens of the default model: keys and values, float32, 30 layers, 3 heads of 64."""
 
 TOPICS = [
@@ -72,9 +72,9 @@ def alone(served) -> list[Got]:
 
 def test_the_capital_of_france_is_paris(client, served):
     answer = client.chat.completions.create(
-        model=served.model, messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0, max_tokens=32
+        model=served.model, messages=[{"role": "user", "content": "What is the capital of Japan?"}], temperature=0, max_tokens=32
     )
-    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].message.content == "The capital of Japan is Tokyo."
     assert answer.choices[0].finish_reason == "stop"
 
 
@@ -168,14 +168,17 @@ async def test_the_reference_kernels_give_the_same_answers_in_any_company():
         assert differences(await run(other.url, other.model, few), alone) == {}
 
 
-async def test_a_few_words_from_the_reference_kernels_are_those_of_the_native_ones(served):
+@pytest.mark.parametrize("exact", [True, False], ids=["float32", "as served"])
+async def test_a_few_words_from_the_reference_kernels_are_those_of_the_native_ones(exact):
     request = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 3, "logprobs": 0}
-    (native,) = await run(served.url, served.model, [request])
-    with Served(REAL, threads=1, kernels="reference") as other:
+    numbers = {"activations": "f32", "kv_dtype": "f32"} if exact else {}
+    with Served(REAL, threads=2, **numbers) as other:
+        (native,) = await run(other.url, other.model, [request])
+    with Served(REAL, threads=1, kernels="reference", **numbers) as other:
         got = await run(other.url, other.model, [request] * 2)
     assert differences(got, [got[0]] * 2) == {}
     assert got[0].text == native.text
-    assert all(math.isclose(a, b, abs_tol=1e-3) for (_, a), (_, b) in zip(got[0].logprobs, native.logprobs, strict=True))
+    assert all(math.isclose(a, b, abs_tol=1e-3 if exact else 0.1) for (_, a), (_, b) in zip(got[0].logprobs, native.logprobs, strict=True))
 
 
 async def test_a_prefix_hit_changes_nothing(served):

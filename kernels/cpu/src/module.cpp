@@ -33,6 +33,15 @@ T* at(Address address) {
 
 const float* floats(Address address) { return at<const float>(address); }
 
+#ifdef HEADRACE_X86
+Ops with(const char* isa, Ops table, decltype(Ops::linear_int8) linear_int8, decltype(Ops::probe) probe) {
+    table.isa = isa;
+    table.linear_int8 = linear_int8;
+    table.probe = probe;
+    return table;
+}
+#endif
+
 // The instruction sets that this machine has, best first.
 std::vector<const Ops*> tables() {
     std::vector<const Ops*> found;
@@ -41,7 +50,11 @@ std::vector<const Ops*> tables() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    static const Ops avx512vnni = with("avx512vnni", avx512::ops, avx512vnni::linear_int8, avx512vnni::probe);
+    static const Ops avxvnni = with("avxvnni", avx2::ops, avxvnni::linear_int8, avxvnni::probe);
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512vnni);
     if (avx512) found.push_back(&avx512::ops);
+    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni);
     if (avx2) found.push_back(&avx2::ops);
 #endif
     found.push_back(&portable::ops);
@@ -94,6 +107,14 @@ class Engine {
         w.inputs = inputs, w.group = group;
         headrace::choose(pool_, rows_of(parts), w);
         return {static_cast<int>(w.form), static_cast<int>(w.scales), w.offset};
+    }
+
+    // Operations on floats, operations on int8, and bytes read a second, of all threads together.
+    std::tuple<double, double, double> probe() {
+        nb::gil_scoped_release release;
+        const std::vector<uint8_t> bytes(256 << 20, 1);
+        const Peaks peaks = ops_->probe(pool_, bytes.data(), bytes.size());
+        return {peaks.float_operations, peaks.int8_operations, peaks.bytes_read};
     }
 
     void pack(const Parts& parts, const Linear& w, Address to) {
@@ -284,6 +305,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("threads", &Engine::threads)
         .def("pack", &Engine::pack)
         .def("choose", &Engine::choose)
+        .def("probe", &Engine::probe)
         .def("sample", on_engine(sample))
         .def("score", on_engine(score));
     nb::class_<Program>(m, "Program")

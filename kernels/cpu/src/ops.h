@@ -126,6 +126,13 @@ struct Rope {
 struct Sampling;  // sampling.h
 struct Choice;
 
+// Rates a second, of all threads together.
+struct Peaks {
+    double float_operations;  // multiplications and additions of float32
+    double int8_operations;   // of 4-bit codes and int8, added up
+    double bytes_read;        // from memory
+};
+
 struct Ops {
     const char* isa;
     // x [rows, K] to y, whose rows stand `stride` apart; rows > 0. For one weight, the next ones left out.
@@ -148,6 +155,8 @@ struct Ops {
     // logits [rows, vocabulary], to one choice a row.
     void (*sample)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const Sampling*, Choice*);
     void (*score)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const int32_t* tokens, int64_t top, Choice*);
+    // What the machine does at most; `bytes` are so many that no cache holds them.
+    Peaks (*probe)(Pool&, const uint8_t* bytes, int64_t size);
 };
 
 // x [rows, K] to y [rows, width], rows > 0: a weight and those that follow it, each with x as it wants it.
@@ -161,6 +170,15 @@ extern const Ops ops;
 }
 namespace avx512 {
 extern const Ops ops;
+}
+// With instructions that multiply and add up bytes at once; all else is that of avx2, or avx512.
+namespace avxvnni {
+void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
+}
+namespace avx512vnni {
+void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
 }
 
 }  // namespace headrace

@@ -14,11 +14,24 @@ void gated(Pool&, const float*, int64_t, int64_t, bool, float*);
 void add(Pool&, const float*, const float*, int64_t, float*);
 void sample(Pool&, const float*, int64_t, int64_t, const Sampling*, Choice*);
 void score(Pool&, const float*, int64_t, int64_t, const int32_t*, int64_t, Choice*);
+Peaks probe(Pool&, const uint8_t*, int64_t);
 
 #define HEADRACE_NAME_OF(isa) #isa
 #define HEADRACE_NAME(isa) HEADRACE_NAME_OF(isa)
 extern const Ops ops = {
-    HEADRACE_NAME(HEADRACE_ISA), linear_floats, linear_int8, quantize, embed, attention, rope_write_kv, rmsnorm, gated, add, sample, score,
+    HEADRACE_NAME(HEADRACE_ISA),
+    linear_floats,
+    linear_int8,
+    quantize,
+    embed,
+    attention,
+    rope_write_kv,
+    rmsnorm,
+    gated,
+    add,
+    sample,
+    score,
+    probe,
 };
 
 }  // namespace headrace::HEADRACE_ISA
