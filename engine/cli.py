@@ -23,6 +23,7 @@ Headrace serves language models over the OpenAI API, on a plain CPU too.
   headrace serve MODEL      serve a GGUF file, a model directory or a hub name such as Qwen/Qwen3-0.6B
   headrace chat             talk to a running server from the terminal
   headrace bench            load any OpenAI-compatible server and report its latencies and throughput
+  headrace bench kernels    time every op at a model's shapes, beside what this machine can do at most
   headrace doctor           what this machine has, which kernels run here, and what would be slow
 
 `headrace COMMAND --help` shows the options of a command."""
@@ -111,11 +112,25 @@ def chat(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["kernels"]:
+        return bench_kernels(arguments[1:])
     from headrace.client import bench
 
     parser = Parser(prog="headrace bench", description="Load any OpenAI-compatible server and report its latencies and throughput.")
     bench.add_arguments(parser)
     return bench.run(parser.parse(arguments))
+
+
+def bench_kernels(arguments: Sequence[str]) -> int:
+    from headrace.engine import settings
+    from headrace.workers import kernel_bench
+
+    parser = Parser(prog="headrace bench kernels", description=kernel_bench.DESCRIPTION)
+    settings.add_arguments(parser, kernel_bench.SETTINGS)
+    kernel_bench.add_arguments(parser)
+    chosen = parser.parse(arguments)
+    flags = {name: value for name, value in vars(chosen).items() if name in kernel_bench.SETTINGS}
+    return kernel_bench.run(settings.load(flags, os.environ, vars(chosen).get("config")), chosen)
 
 
 def doctor(arguments: Sequence[str]) -> int:

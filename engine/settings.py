@@ -10,7 +10,7 @@ import argparse
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,12 @@ def _settings() -> dict[str, Setting]:
 SETTINGS = _settings()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add every setting, and `--config`, as flags. What is not given is absent from the namespace."""
+def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Add every setting (or those of `names`), and `--config`, as flags. What is not given is absent from the namespace."""
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=f"TOML file of settings (or {FILE_VARIABLE})")
     for setting in SETTINGS.values():
+        if names is not None and setting.name not in names:
+            continue
         text = setting.description.replace("%", "%%")
         if not setting.optional:
             shown = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default

@@ -118,6 +118,11 @@ class CpuBackend:
             self._store.publish()
         return CpuProgram(self._engine, model, kv)
 
+    def probe(self) -> tuple[float, float, float]:
+        """The most that this machine does with these threads, by measurement: float operations, int8 operations, and bytes read from
+        memory, a second. Multiplications and additions count one each."""
+        return self._engine.probe()
+
     def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Sampled:
         return sampling.sample(self._engine, logits, batch)
 

@@ -9,8 +9,8 @@ Weights that are stacked into one layer need not be alike: each run of those tha
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from headrace.kernels.cpu import _native
@@ -24,10 +24,11 @@ Allocate = Callable[[int], np.ndarray]
 
 _FORMS = {"float32": 0, "bfloat16": 1, "float16": 2}
 _INT8, _INT6, _INT4 = 3, 4, 5
+_NAMES = ("f32", "bf16", "f16", "int8", "int6", "int4")
 _QUANTUM = 32
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True):
+class Part(NamedTuple):
     """How some outputs of a layer are stored; the fields of `Linear` in src/ops.h."""
 
     form: int
@@ -46,6 +47,11 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     @property
     def nbytes(self) -> int:
         return self.native(0, 0, False, None).size
+
+    @property
+    def name(self) -> str:
+        """The type of its numbers, in short."""
+        return _NAMES[self.form]
 
     @property
     def takes_int8(self) -> bool:
@@ -70,6 +76,9 @@ class Packed:
             bias = np.ascontiguousarray(bias, np.float32)
         # Native code knows addresses alone: what lies there must not go before this does.
         self._panels, self._bias = [panels for _, panels in parts], bias
+        self.integers = activations == "int8" and any(part.takes_int8 for part, _ in parts)
+        """Whether activations are made int8 for it."""
+        self.name = f"{'+'.join(dict.fromkeys(part.name for part, _ in parts))} × {'int8' if self.integers else 'f32'}"
         self._natives: list[_native.Linear] = []
         following, end = None, self.outputs
         for part, panels in reversed(parts):
@@ -97,9 +106,9 @@ def pack(engine: "_native.Engine", weights: Sequence[Weight], allocate: Allocate
         if weight.shape[1] != weights[0].shape[1]:
             raise ValueError(f"weights of {weight.shape[1]} and {weights[0].shape[1]} inputs cannot be stacked")
         part = _part(engine, weight)
-        if runs and msgspec.structs.replace(runs[-1][0], outputs=part.outputs) == part:
+        if runs and runs[-1][0]._replace(outputs=part.outputs) == part:
             run, alike = runs.pop()
-            runs.append((msgspec.structs.replace(part, outputs=run.outputs + part.outputs), [*alike, weight]))
+            runs.append((part._replace(outputs=run.outputs + part.outputs), [*alike, weight]))
         else:
             runs.append((part, [weight]))
     return [(part, _packed(engine, part, alike, allocate)) for part, alike in runs]

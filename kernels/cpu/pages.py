@@ -29,6 +29,11 @@ class Pages:
         keys = np.zeros((pages, heads.kv_heads, heads.dim, page_size), TYPES[dtype])
         return cls(keys, np.zeros((pages, heads.kv_heads, page_size, _padded(heads.dim)), TYPES[dtype]))
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position in this layer."""
+        return (self.keys.nbytes + self.values.nbytes) // (self.keys.shape[0] * self.keys.shape[-1])
+
     def checked(self, heads: HeadShape) -> _native.KV:
         """The pages as the kernels know them. ValueError where they were made for other heads."""
         pages, page_size = self.keys.shape[0], self.keys.shape[-1]

@@ -32,7 +32,23 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What an op does in a step, for those who time it. A position is one that a row (operations) or a request (bytes) sees."""
+
+    op: str
+    shape: str = ""
+    row_operations: int = 0
+    position_operations: int = 0
+    integers: bool = False
+    """Whether the operations are on int8."""
+    fixed_bytes: int = 0
+    row_bytes: int = 0
+    position_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class _Op:
+    work: Work
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
     put: Callable[[_native.Program, Callable[[Value], _native.Place]], None]
@@ -50,18 +66,18 @@ class Recorder:
         """A matrix of TOKENS rows that is given to every run, in the order in which they were asked for here."""
         y = Value(TOKENS, width)
         self._inputs.append(y)
-        self._record((), (y,), lambda tape, at: tape.input(width, at(y)))
+        self._record(_moves("input", y), (), (y,), lambda tape, at: tape.input(width, at(y)))
         return y
 
     def embed(self, tokens: None, table: Packed, scale: float = 1.0) -> Value:
         y = Value(TOKENS, table.inputs)
-        self._record((), (y,), lambda tape, at: tape.embed(table.native, scale, at(y)))
+        self._record(_moves("embed", y), (), (y,), lambda tape, at: tape.embed(table.native, scale, at(y)))
         return y
 
     def rmsnorm(self, x: Value, weight: np.ndarray, eps: float) -> Value:
         y = Value(x.rows, x.width)
         address = _vector("weight", weight, x.width)
-        self._record((x,), (y,), lambda tape, at: tape.rmsnorm(at(x), address, eps, x.width, at(y)))
+        self._record(_moves("rmsnorm", x, y), (x,), (y,), lambda tape, at: tape.rmsnorm(at(x), address, eps, x.width, at(y)))
         return y
 
     def add_rmsnorm(self, x: Value, residual: Value, weight: np.ndarray, eps: float) -> tuple[Value, Value]:
@@ -69,21 +85,32 @@ class Recorder:
         y, total = Value(x.rows, x.width), Value(x.rows, x.width)
         address = _vector("weight", weight, x.width)
         self._record(
-            (x, residual), (y, total), lambda tape, at: tape.add_rmsnorm(at(x), at(residual), address, eps, x.width, at(total), at(y))
+            _moves("add_rmsnorm", x, residual, y, total),
+            (x, residual),
+            (y, total),
+            lambda tape, at: tape.add_rmsnorm(at(x), at(residual), address, eps, x.width, at(total), at(y)),
         )
         return y, total
 
     def add(self, x: Value, residual: Value) -> Value:
         _alike(x, residual)
         y = Value(x.rows, x.width)
-        self._record((x, residual), (y,), lambda tape, at: tape.add(at(x), at(residual), x.width, at(y)))
+        self._record(_moves("add", x, residual, y), (x, residual), (y,), lambda tape, at: tape.add(at(x), at(residual), x.width, at(y)))
         return y
 
     def linear(self, x: Value, weight: Packed) -> Value:
         if x.width != weight.inputs:
             raise ValueError(f"x has {x.width} columns, the weight has {weight.inputs} inputs")
         y = Value(x.rows, weight.outputs)
-        self._record((x,), (y,), lambda tape, at: tape.linear(weight.native, at(x), at(y)))
+        work = Work(
+            "linear",
+            f"{weight.outputs}×{weight.inputs} {weight.name}",
+            row_operations=2 * weight.outputs * weight.inputs,
+            integers=weight.integers,
+            fixed_bytes=weight.nbytes,
+            row_bytes=4 * (x.width + y.width),
+        )
+        self._record(work, (x,), (y,), lambda tape, at: tape.linear(weight.native, at(x), at(y)))
         return y
 
     def gated(self, gate_up: Value, activation: str) -> Value:
@@ -92,7 +119,8 @@ class Recorder:
         if gate_up.width % 2:
             raise ValueError(f"gate_up has {gate_up.width} columns, it must have two equal halves")
         y = Value(gate_up.rows, gate_up.width // 2)
-        self._record((gate_up,), (y,), lambda tape, at: tape.gated(at(gate_up), y.width, activation == "gelu_tanh", at(y)))
+        gelu = activation == "gelu_tanh"
+        self._record(_moves("gated", gate_up, y), (gate_up,), (y,), lambda tape, at: tape.gated(at(gate_up), y.width, gelu, at(y)))
         return y
 
     def rope_write_kv(
@@ -121,7 +149,8 @@ class Recorder:
             eps,
         )
         q, shape, pages = Value(TOKENS, heads.query_heads * heads.dim), _heads(heads), kv.checked(heads)
-        self._record((qkv,), (q,), lambda tape, at: tape.rope_write_kv(at(qkv), shape, native, pages, at(q)))
+        work = _moves("rope_write_kv", qkv, qkv)
+        self._record(work, (qkv,), (q,), lambda tape, at: tape.rope_write_kv(at(qkv), shape, native, pages, at(q)))
         return q
 
     def attention(self, q: Value, heads: HeadShape, kv: Pages, tokens: None, scale: float, window: int | None) -> Value:
@@ -129,13 +158,20 @@ class Recorder:
         if window is not None and window < 1:
             raise ValueError(f"window={window}: a token sees at least itself")
         out, shape, pages = Value(TOKENS, q.width), _heads(heads), kv.checked(heads)
-        self._record((q,), (out,), lambda tape, at: tape.attention(at(q), shape, pages, scale, window or 0, at(out)))
+        work = Work(
+            "attention",
+            f"{heads.query_heads}/{heads.kv_heads} heads of {heads.dim}",
+            position_operations=4 * heads.query_heads * heads.dim,
+            position_bytes=kv.position_bytes,
+            row_bytes=8 * q.width,
+        )
+        self._record(work, (q,), (out,), lambda tape, at: tape.attention(at(q), shape, pages, scale, window or 0, at(out)))
         return out
 
     def picked(self, x: Value) -> Value:
         """The rows of x that a run picks."""
         y = Value(PICKS, x.width)
-        self._record((x,), (y,), lambda tape, at: tape.rows(at(x), x.width, at(y)))
+        self._record(_moves("rows", x, y), (x,), (y,), lambda tape, at: tape.rows(at(x), x.width, at(y)))
         return y
 
     def program(self, engine: _native.Engine, outputs: Sequence[Value]) -> tuple[_native.Program, Callable[[Value], _native.Place]]:
@@ -150,8 +186,12 @@ class Recorder:
             op.put(tape, at)
         return tape, at
 
-    def _record(self, reads: tuple[Value, ...], writes: tuple[Value, ...], put: Any) -> None:
-        self._ops.append(_Op(reads, writes, put))
+    def works(self) -> list[Work]:
+        """What the ops do, in the order of the tape: those of TOKENS first."""
+        return [op.work for rows in (TOKENS, PICKS) for op in self._ops if op.writes[0].rows == rows]
+
+    def _record(self, work: Work, reads: tuple[Value, ...], writes: tuple[Value, ...], put: Any) -> None:
+        self._ops.append(_Op(work, reads, writes, put))
 
     def _starts(self, outputs: Sequence[Value], tape: _native.Program) -> dict[Value, int]:
         """Where each value stands: the first gap that is free from its op to the last that reads it."""
@@ -191,6 +231,7 @@ class CpuProgram:
         self._model, self._kv = model, kv
         self._tape, at = recorder.program(engine, [logits])
         self._logits, self._width = at(logits), logits.width
+        self._works = recorder.works()
 
     def run(self, batch: Batch, picks: np.ndarray) -> np.ndarray:
         self._tape.run(batch.ids, batch.positions, batch.slots, batch.query_start, batch.pages, picks, [])
@@ -200,9 +241,14 @@ class CpuProgram:
         self._tape.pick(picks)
         return self._tape.view(self._logits, self._width)
 
-    def times(self) -> list[tuple[str, int]]:
+    def times(self) -> list[tuple[Work, int]]:
         """Nanoseconds that each op took in all runs since this was called last, in the order of the tape. From the first call on."""
-        return self._tape.times()
+        return [(work, spent) for work, (_, spent) in zip(self._works, self._tape.times(), strict=True)]
+
+
+def _moves(op: str, *values: Value) -> Work:
+    """An op that does no more than to read and write these."""
+    return Work(op, str(values[0].width), row_bytes=4 * sum(value.width for value in values))
 
 
 def _alike(x: Value, residual: Value) -> None:

@@ -1,7 +1,7 @@
 """Packed weights in a file: written while a model is loaded for the first time, memory-mapped by every start after that.
 
     [ panels of a weight ] [ panels of the next ] …   each from a page boundary on
-    [ index: MessagePack, {name: [[part, offset, bytes], …]} ]
+    [ index: JSON, {name: [[part, offset], …]} ]
     [ trailer: where the index begins, its length, magic ]
 
 Weights are packed straight into the mapped file, so nothing is held twice, a restart reads nothing before it is used, and all workers of
@@ -9,6 +9,7 @@ a machine share the same memory. The file gets its name when it is whole; until 
 the weights stay in memory, and a line says so.
 """
 
+import json
 import logging
 import mmap
 import os
@@ -17,7 +18,6 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from headrace.kernels.cpu.packed import Part, in_memory
@@ -29,8 +29,7 @@ ALIGN = mmap.ALLOCATIONGRANULARITY
 
 log = logging.getLogger("headrace.kernels")
 
-_Index = dict[str, list[tuple[Part, int, int]]]
-_decoder = msgspec.msgpack.Decoder(_Index)
+_Index = dict[str, list[tuple[Part, int]]]
 
 
 class PackedStore:
@@ -48,7 +47,7 @@ class PackedStore:
             self._open()
         except FileNotFoundError:
             self._create()
-        except (OSError, ValueError, struct.error, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, struct.error) as error:
             log.warning("%s is not what it should be (%s): the weights are packed anew", path, error)
             self._create()
 
@@ -57,7 +56,7 @@ class PackedStore:
         stored = self._index.get(name)
         if self._map is None or stored is None:
             return None
-        return [(part, np.frombuffer(self._map, np.uint8, nbytes, offset)) for part, offset, nbytes in stored]
+        return [(part, np.frombuffer(self._map, np.uint8, part.nbytes, offset)) for part, offset in stored]
 
     def allocate(self, nbytes: int) -> np.ndarray:
         """Memory for panels: in the file while there is room for it, else from the heap."""
@@ -79,7 +78,7 @@ class PackedStore:
         """Remember a weight, whose parts lie where memory was allocated since the last."""
         if self._file is None:
             return
-        self._index[name] = [(part, offset, part.nbytes) for (part, _), offset in zip(parts, self._fresh, strict=True)]
+        self._index[name] = [(part, offset) for (part, _), offset in zip(parts, self._fresh, strict=True)]
         self._fresh.clear()
 
     def publish(self) -> None:
@@ -90,7 +89,7 @@ class PackedStore:
 
     def _finish(self, file: int) -> None:
         try:
-            index = msgspec.msgpack.encode(self._index)
+            index = json.dumps(self._index).encode()
             os.pwrite(file, index + TRAILER.pack(self._end, len(index), MAGIC), self._end)
             os.fdatasync(file)
             self._unfinished.replace(self._path)
@@ -110,10 +109,10 @@ class PackedStore:
             if magic != MAGIC or begin + length + TRAILER.size != size:
                 raise ValueError("its end is missing")
             file.seek(begin)
-            index = _decoder.decode(file.read(length))
+            index = {name: [(Part(*part), offset) for part, offset in stored] for name, stored in json.loads(file.read(length)).items()}
             for stored in index.values():
-                for part, offset, nbytes in stored:
-                    if offset % ALIGN or nbytes != part.nbytes or not 0 <= offset <= begin - nbytes:
+                for part, offset in stored:
+                    if offset % ALIGN or not 0 <= offset <= begin - part.nbytes:
                         raise ValueError("its index is damaged")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._index = index

@@ -22,6 +22,7 @@ from statistics import median
 
 import msgspec
 from peers import Chosen, Engine, Measured, Peer, Server, Started, read_peers, running
+from processes import parse
 
 from headrace.client.bench.corpus import load_words
 from headrace.client.bench.machine import Machine, facts
@@ -231,8 +232,7 @@ def main() -> int:
     add("--rounds", type=int, default=3, metavar="N", help="default: 3")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="for every engine (default: all cores)")
     add("--json", type=Path, default=Path("build/bench/compare.json"), help="default: %(default)s")
-    add("serve", nargs="*", metavar="OPTION", help="options of `headrace serve`, after --")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     try:
         done = compare(choose(arguments), arguments.work, arguments.rounds, arguments.threads)
     except UserError as error:

@@ -1,5 +1,6 @@
 """The processes of a running engine as the kernel sees them: who they are, what CPU time they used, what memory they hold."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,6 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; `serve` has the options of `headrace serve`, which follow after --."""
+    parser.usage = parser.format_usage().removeprefix("usage: ").rstrip() + " [-- OPTIONS OF headrace serve]"
+    own, serve = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, serve = own[:at], own[at + 1 :]
+    arguments = parser.parse_args(own)
+    arguments.serve = serve
+    return arguments
 
 
 @dataclass

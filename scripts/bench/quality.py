@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import torch
 from divergence import RANGE_NATS, Divergence, Figures, pack, unpack, write_head
+from processes import parse
 
 from headrace.client.bench.corpus import load_words
 from headrace.client.bench.machine import Machine, facts
@@ -206,8 +207,7 @@ def main() -> int:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores")
     add("--scratch", type=Path, metavar="FOLDER", help="for the file that peers read: about 2 GB with 80 chunks and 49,152 tokens")
     add("--json", type=Path, default=Path("build/bench/quality.json"), help="default: %(default)s")
-    add("serve", nargs="*", metavar="OPTION", help="options of `headrace serve`, after --")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     try:
         for text in arguments.peer:
             if "=" not in text:

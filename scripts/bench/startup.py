@@ -17,7 +17,7 @@ from time import perf_counter, sleep
 from typing import Any
 
 import msgspec
-from processes import engine, shares
+from processes import engine, parse, shares
 
 from headrace.client.bench.machine import facts
 from headrace.client.bench.wire import ask
@@ -60,8 +60,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--idle", type=float, default=10.0, metavar="SECONDS", help="measured in the last round (default: 10; 0: not)")
     parser.add_argument("--json", type=Path, default=Path("build/bench/startup.json"), help="default: %(default)s")
-    parser.add_argument("serve", nargs="*", metavar="OPTION", help="options of `headrace serve`, after --")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     rounds = []
     for number in range(arguments.rounds):
         rounds.append(one_round(arguments.serve, arguments.idle if number == arguments.rounds - 1 else 0.0))

@@ -41,10 +41,9 @@ void turn(V x, V y, const Step& step) {
     auto next = [&](V& sum) {
         disguise(x);
         sum = step(sum, x, y);
+        disguise(sum);
     };
     for (int64_t turns = 0; turns < TURNS; turns++) next(a), next(b), next(c), next(d), next(e), next(f), next(g), next(h), next(i), next(j);
-    a += b + c + d + e + f + g + h + i + j;
-    disguise(a);
 }
 
 // One product of codes of 4 bits with int8, as `sum_unit` adds it up.
