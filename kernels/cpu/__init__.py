@@ -8,6 +8,7 @@ call, on threads of its own; `sampling.py` has the same threads choose the token
 import hashlib
 import logging
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -70,6 +71,8 @@ class CpuBackend:
             log.warning("%d threads on %d cores get in each other's way: --threads %d is faster", threads, cores, cores)
         if is_stale():
             log.warning("the native kernels were built from older sources (%s): build them anew with scripts/test", _native.__file__)
+        if INSTRUCTION_SETS == ["portable"] and platform.machine() in ("x86_64", "AMD64"):
+            log.warning("this CPU has no AVX2 (with FMA and F16C): the portable kernels serve, which are several times slower")
         self._engine = _native.Engine(threads or cores, isa or os.environ.get("HEADRACE_CPU_ISA", ""))
         self._activations = activations
         self._packed: dict[str, Packed] = {}

@@ -153,6 +153,13 @@ def test_more_threads_than_cores_are_warned_of_and_none_are_refused(caplog):
         NativeOps(0)
 
 
+def test_a_machine_with_the_portable_path_alone_is_told_so(caplog, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTION_SETS", ["portable"])
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
+    assert cpu.CpuBackend(1, "portable").isa == "portable"
+    assert "no AVX2" in caplog.text
+
+
 def test_an_instruction_set_that_is_not_there_is_refused_by_name():
     with pytest.raises(ValueError, match="mmx"):
         NativeOps(1, "mmx")
