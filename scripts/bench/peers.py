@@ -124,9 +124,9 @@ def running(chosen: Chosen, threads: int, streams: int, tokenizer: Address | Non
     is_server = any("{port}" in word for word in pattern)
     command = [word.format_map(places) for word in pattern] + chosen.options
     environment = {**os.environ, **{name: value.format_map(places) for name, value in chosen.peer.environment.items()}}
-    version = _output([word.format_map(places) for word in chosen.peer.version]) if chosen.peer.version else ""
-    # In a folder of its own: what lies in ours could be taken for an engine's own packages.
+    # In a folder of its own: what lies in ours could be taken for an engine's own packages, and some leave logs behind.
     with tempfile.TemporaryDirectory(prefix="compare-") as folder, (Path(folder) / "log").open("w+") as log:
+        version = _output([word.format_map(places) for word in chosen.peer.version], folder) if chosen.peer.version else ""
         pipe = None if is_server else subprocess.PIPE
         began = perf_counter()
         try:
@@ -186,10 +186,10 @@ def _tail(log: TextIO) -> str:
     return "".join(log.readlines()[-15:]).rstrip()
 
 
-def _output(command: list[str]) -> str:
+def _output(command: list[str], folder: str) -> str:
     """What a command says of its version: on one line, whichever stream it says it on."""
     try:
-        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, cwd=folder)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown ({error})"
     return (

@@ -129,10 +129,10 @@ def measure(true: Logits, ours: Logits, following: np.ndarray, given: np.ndarray
 
 def ask_peer(name: str, program: str, file: Path, base: Path, length: int, threads: int, ours: Figures) -> Figures:
     """What llama-perplexity finds against the oracle's file, on the tokens that `ours` is about. Raises `UserError`."""
-    command = [program, "-m", str(file), "--kl-divergence", "--kl-divergence-base", str(base)]
+    command = [program, "-m", str(file.resolve()), "--kl-divergence", "--kl-divergence-base", str(base.resolve())]
     command += ["-c", str(length), "-b", str(length), "-t", str(threads)]
-    try:
-        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    try:  # where the base lies: some leave logs in the folder that they run in
+        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=base.parent)
     except OSError as error:
         raise UserError(f"{name}: cannot start {program}: {error.strerror}") from None
 
