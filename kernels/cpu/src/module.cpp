@@ -161,7 +161,9 @@ class Program {
     }
 
     void linear(const Linear& weight, Place x, Place y) {
-        tape_.record("linear", y.arena, [=](const Step& step) { headrace::linear(step.pool, step.ops, weight, step.at(x), step.rows_of(y), step.at(y)); });
+        tape_.record("linear", y.arena,
+                     [=](const Step& step) { headrace::linear(step.pool, step.ops, weight, step.at(x), step.rows_of(y), step.at(y)); },
+                     {weight.panels, static_cast<size_t>(weight.size())});
     }
 
     void rmsnorm(Place x, Address weight, float eps, int64_t width, Place y) {

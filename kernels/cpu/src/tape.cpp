@@ -18,7 +18,18 @@ Tape::~Tape() {
     for (float* arena : step_.arenas) operator delete(arena, LINE);
 }
 
-void Tape::record(const char* name, Arena arena, Op op) { ops[static_cast<int>(arena)].push_back({name, std::move(op)}); }
+void Tape::record(const char* name, Arena arena, Op op, std::span<const uint8_t> reads) {
+    ops[static_cast<int>(arena)].push_back({name, std::move(op), reads});
+}
+
+// The weights that are read next after an op: in its arena, in the other, in the next step.
+std::span<const uint8_t> Tape::read_after(int which, size_t op) const {
+    for (size_t i = op + 1; i < ops[which].size(); i++)
+        if (!ops[which][i].reads.empty()) return ops[which][i].reads;
+    for (const Recorded& recorded : ops[1 - which])
+        if (!recorded.reads.empty()) return recorded.reads;
+    return {};
+}
 
 void Tape::run(const Batch& batch, const int32_t* ids, const int32_t* picks, int64_t picked) {
     step_.batch = batch;
@@ -43,14 +54,12 @@ void Tape::replay(Arena arena) {
         step_.arenas[which] = static_cast<float*>(operator new(wanted * sizeof(float), LINE));
         room_[which] = wanted;
     }
-    if (!timed) {
-        for (const Recorded& recorded : ops[which]) recorded.op(step_);
-        return;
-    }
-    for (Recorded& recorded : ops[which]) {
-        const int64_t begun = now();
+    for (size_t i = 0; i < ops[which].size(); i++) {
+        Recorded& recorded = ops[which][i];
+        if (!recorded.reads.empty()) pool_.ahead(read_after(which, i));
+        const int64_t begun = timed ? now() : 0;
         recorded.op(step_);
-        recorded.spent += now() - begun;
+        if (timed) recorded.spent += now() - begun;
     }
 }
 

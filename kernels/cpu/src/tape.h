@@ -12,6 +12,7 @@
 #pragma once
 
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -51,7 +52,8 @@ class Tape {
     using Op = std::function<void(const Step&)>;
 
     // Ops run in the order in which they were recorded; those that write to the arena of picks run when rows are picked.
-    void record(const char* name, Arena arena, Op op);
+    // `reads` are the weights of an op that streams them.
+    void record(const char* name, Arena arena, Op op, std::span<const uint8_t> reads = {});
     // An arena's values take so many floats a row together.
     void reserve(Arena arena, int64_t floats) { floats_[static_cast<int>(arena)] = floats; }
 
@@ -68,6 +70,7 @@ class Tape {
     struct Recorded {
         std::string name;
         Op op;
+        std::span<const uint8_t> reads;
         int64_t spent = 0;  // nanoseconds in all runs while `timed`
     };
     std::vector<Recorded> ops[2];
@@ -75,6 +78,7 @@ class Tape {
 
   private:
     void replay(Arena arena);
+    std::span<const uint8_t> read_after(int which, size_t op) const;
 
     Pool& pool_;
     const Ops& ops_;
