@@ -45,7 +45,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kv_memory: Annotated[
         str | None, _about('memory for KV pages of each worker, such as "2GiB"; chosen from what is free without it', "SIZE")
     ] = None
-    kv_dtype: Annotated[Literal["f16", "f32"], _about("number format of keys and values in KV pages")] = "f16"
+    kv_dtype: Annotated[Literal["f16", "f32", "int8"], _about("number format of keys and values in KV pages")] = "f16"
     prefix_cache: Annotated[bool, _about("keep the KV pages of finished requests for those that begin alike")] = True
     max_running: Annotated[Count, _about("most requests in one step")] = 256
     max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 256

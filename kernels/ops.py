@@ -50,6 +50,10 @@ class Batch:
     """[R + 1]."""
     pages: np.ndarray
     """[R, most pages of a request]: page numbers in sequence order, padded with 0."""
+    parents: np.ndarray | None = None
+    """[T], where rows form trees (drafts that are verified together, arXiv:2305.09781): which row of its request, counted from 0, each row
+    follows, an earlier one; -1 for the tokens computed before. Its position is one more than its parent's. K and V of the i-th row go to
+    the place of the request's first position, plus i. None: every row follows the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +161,8 @@ class Ops(Protocol):
     def attention(self, q: Array, heads: HeadShape, kv: KVPages, tokens: Tokens, scale: float, window: int | None) -> Array:
         """Causal softmax(q k^T * scale) v over the paged K and V of each token's own request: [T, Hq * D].
 
-        A token at position p sees positions max(0, p - window + 1) … p, or 0 … p without a window. Query head h reads KV
+        A token at position p sees positions max(0, p - window + 1) … p, or 0 … p without a window; in a tree those of its own path, and
+        comes out as if that path were computed alone, to the last bit. Query head h reads KV
         head h // (Hq / Hkv). KV is walked in splits of a fixed number of positions, combined in order (arXiv:2205.14135).
         """
         ...
@@ -217,7 +222,8 @@ class Backend(Protocol):
     def prepare_rope(self, table: RopeTable) -> Prepared: ...
 
     def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> list[KVPages]:
-        """Room for `pages` pages of `page_size` tokens in each layer, filled with zeros, which keep K and V in `dtype`: "f32" or "f16"."""
+        """Room for `pages` pages of `page_size` tokens in each layer, filled with zeros, which keep K and V in `dtype`: "f32", "f16", or
+        "int8": whole numbers that share a float32 scale, the largest magnitude / 127, in each head of each position."""
         ...
 
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:

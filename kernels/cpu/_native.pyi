@@ -43,7 +43,7 @@ class Rope:
     ) -> None: ...
 
 class KV:
-    def __init__(self, keys: int, values: int, pages: int, page_size: int, halves: bool, /) -> None: ...
+    def __init__(self, keys: int, values: int, scales: int, pages: int, page_size: int, form: int, /) -> None: ...
 
 class Place:
     """Where a value of a program stands: in the arena of tokens (0) or of picks (1), so many floats a row before it."""
@@ -72,6 +72,7 @@ class Program:
         slots: np.ndarray,
         query_start: np.ndarray,
         pages: np.ndarray,
+        parents: np.ndarray | None,
         picks: np.ndarray,
         inputs: Sequence[np.ndarray],
         /,

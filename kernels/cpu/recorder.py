@@ -234,7 +234,7 @@ class CpuProgram:
         self._works = recorder.works()
 
     def run(self, batch: Batch, picks: np.ndarray) -> np.ndarray:
-        self._tape.run(batch.ids, batch.positions, batch.slots, batch.query_start, batch.pages, picks, [])
+        self._tape.run(batch.ids, batch.positions, batch.slots, batch.query_start, batch.pages, batch.parents, picks, [])
         return self._tape.view(self._logits, self._width)
 
     def logits(self, picks: np.ndarray) -> np.ndarray:

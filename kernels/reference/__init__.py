@@ -53,7 +53,8 @@ class ReferenceBackend:
         return [KVPages.new(pages, page_size, heads, self.device, TYPES[dtype]) for _ in range(layers)]
 
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
-        return 2 * TYPES[dtype].itemsize * layers * heads.kv_heads * heads.dim * page_size
+        position = 2 * (TYPES[dtype].itemsize * heads.dim + (4 if dtype == "int8" else 0))
+        return layers * heads.kv_heads * page_size * position
 
     def compile(self, model: Model, kv: Sequence[KVPages]) -> "ReferenceProgram":
         return ReferenceProgram(self, model, kv)

@@ -34,11 +34,28 @@ def attention(q: torch.Tensor, heads: HeadShape, kv: KVPages, tokens: StepTokens
         if begin == end:
             continue
         positions = tokens.positions[begin:end]
-        context = int(positions[-1]) + 1
-        keys = _gather(kv.keys, tokens.pages[request], context)
-        values = _gather(kv.values, tokens.pages[request], context)
-        out[begin:end] = _one_request(q[begin:end], heads, keys, values, positions, scale, window)
+        base, page_size = int(positions[0]), kv.keys.shape[2]
+        keys, values = kv.read(tokens.pages[request][: -(-(base + end - begin) // page_size)])
+        parents = None if tokens.parents is None else tokens.parents[begin:end].tolist()
+        if parents is None or parents == list(range(-1, end - begin - 1)):
+            parts = [(slice(begin, end), torch.arange(base + end - begin))]
+        else:
+            # Each row of a tree alone, with its own path in order.
+            parts = [(slice(begin + row, begin + row + 1), _path(base, parents, row)) for row in range(end - begin)]
+        for rows, places in parts:
+            places = places.to(q.device)
+            seen = [_splits(x.index_select(1, places)) for x in (keys, values)]
+            out[rows] = _one_request(q[rows], heads, *seen, tokens.positions[rows], scale, window)
     return out
+
+
+def _path(base: int, parents: list[int], row: int) -> torch.Tensor:
+    """Where keys and values lie of all that a row of a tree sees, by position."""
+    path = []
+    while row >= 0:
+        path.append(base + row)
+        row = parents[row]
+    return torch.tensor([*range(base), *reversed(path)])
 
 
 @cache
@@ -49,13 +66,11 @@ def _tile_sizes(kv_heads: int, dim: int, device: torch.device) -> tuple[int, ...
     return tuple(size for size in trusted_tiles(split.transpose(1, 2)) if size in for_values) or (1,)
 
 
-def _gather(pages: torch.Tensor, numbers: torch.Tensor, context: int) -> torch.Tensor:
-    """The first `context` positions as [splits, Hkv, SPLIT, D], zeros behind them and behind D."""
-    _, kv_heads, page_size, _ = pages.shape
-    rows = pages.index_select(0, numbers[: -(-context // page_size)]).float()
-    rows = pad_last(rows.transpose(0, 1).reshape(kv_heads, -1, rows.shape[-1])[:, :context])
+def _splits(rows: torch.Tensor) -> torch.Tensor:
+    """[Hkv, positions, D] as [splits, Hkv, SPLIT, D], zeros behind the positions and behind D."""
+    kv_heads, context, _ = rows.shape
     splits = -(-context // SPLIT)
-    rows = F.pad(rows, (0, 0, 0, splits * SPLIT - context))
+    rows = F.pad(pad_last(rows), (0, 0, 0, splits * SPLIT - context))
     return rows.view(kv_heads, splits, SPLIT, -1).transpose(0, 1).contiguous()
 
 

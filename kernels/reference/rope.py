@@ -51,9 +51,5 @@ def rope_write_kv(
         k = rmsnorm(k, k_norm, eps)
     cos = rope.cos.index_select(0, tokens.positions).unsqueeze(1)
     sin = rope.sin.index_select(0, tokens.positions).unsqueeze(1)
-    page_size = kv.keys.shape[2]
-    slots = tokens.slots.long()
-    pages, offsets = slots // page_size, slots % page_size
-    kv.keys[pages, :, offsets] = rotate(k, cos, sin, rope.interleaved).to(kv.keys.dtype)
-    kv.values[pages, :, offsets] = v.to(kv.values.dtype)
+    kv.write(rotate(k, cos, sin, rope.interleaved), v, tokens.slots)
     return rotate(q, cos, sin, rope.interleaved).reshape(count, heads.query_heads * heads.dim)

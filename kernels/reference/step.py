@@ -7,8 +7,10 @@ import torch
 
 from headrace.kernels.ops import Batch, HeadShape
 
-TYPES = {"f32": torch.float32, "f16": torch.float16}
+TYPES = {"f32": torch.float32, "f16": torch.float16, "int8": torch.int8}
 """What pages can be stored in, by the name the settings give it."""
+
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int8: np.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,28 +22,56 @@ class StepTokens:
     slots: torch.Tensor
     query_start: torch.Tensor
     pages: torch.Tensor
+    parents: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "StepTokens":
-        arrays = (batch.ids, batch.positions, batch.slots, batch.query_start, batch.pages)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+        arrays = (batch.ids, batch.positions, batch.slots, batch.query_start, batch.pages, batch.parents)
+        return cls(*(None if array is None else torch.from_numpy(array).to(device) for array in arrays))
 
 
 @dataclass(frozen=True, slots=True)
 class KVPages:
-    """The paged keys and values of one layer: [pages, Hkv, page_size, D] each, of one of TYPES."""
+    """The paged keys and values of one layer: [pages, Hkv, page_size, D] each, of one of TYPES. For int8 alone, scales float32
+    [pages, Hkv, 2, page_size]: of keys, then of values."""
 
     keys: torch.Tensor
     values: torch.Tensor
+    scales: torch.Tensor | None = None
 
     @classmethod
     def new(cls, pages: int, page_size: int, heads: HeadShape, device: torch.device, dtype: torch.dtype) -> "KVPages":
         """Filled with zeros. A CPU's memory is handed out when a page is first written, so that unused room costs nothing."""
-        shape = (pages, heads.kv_heads, page_size, heads.dim)
 
-        def room() -> torch.Tensor:
+        def room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             if device.type == "cpu":
-                return torch.from_numpy(np.zeros(shape, np.float16 if dtype == torch.float16 else np.float32))
+                return torch.from_numpy(np.zeros(shape, _NUMPY[dtype]))
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        return cls(room(), room())
+        shape = (pages, heads.kv_heads, page_size, heads.dim)
+        scales = room((pages, heads.kv_heads, 2, page_size), torch.float32) if dtype == torch.int8 else None
+        return cls(room(shape, dtype), room(shape, dtype), scales)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Put float32 k and v [T, Hkv, D] to their slots [T]."""
+        page_size = self.keys.shape[2]
+        pages, offsets = slots.long() // page_size, slots.long() % page_size
+        for which, (room, x) in enumerate(((self.keys, keys), (self.values, values))):
+            if self.scales is not None:
+                largest = x.abs().amax(-1)
+                # What is not finite makes a scale of NaN.
+                finite = largest.isfinite()
+                inverse = torch.where(finite & (largest >= 2.0**-100), 127.0 / largest, 0.0)
+                self.scales[pages, :, which, offsets] = torch.where(finite, largest / 127.0, torch.nan)
+                x = torch.where(finite[..., None], x, 0.0).mul(inverse[..., None]).round()
+            room[pages, :, offsets] = x.to(room.dtype)
+
+    def read(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of pages `numbers`, in order, as float32 [Hkv, positions, D]."""
+        rooms = []
+        for which, room in enumerate((self.keys, self.values)):
+            rows = room.index_select(0, numbers).float()
+            if self.scales is not None:
+                rows *= self.scales[:, :, which].index_select(0, numbers)[..., None]
+            rooms.append(rows.transpose(0, 1).flatten(1, 2))
+        return rooms[0], rooms[1]

@@ -88,6 +88,8 @@ class NativeOps(EagerOps):
         q = self._run(record, [qkv], extents.batch())[0]
         kv.keys.copy_(torch.from_numpy(pages.keys).transpose(2, 3))
         kv.values.copy_(torch.from_numpy(pages.values)[..., : kv.values.shape[-1]])
+        if kv.scales is not None:
+            kv.scales.copy_(torch.from_numpy(pages.scales))
         return q
 
     def attention(self, q, heads: HeadShape, kv: KVPages, extents: Extents, scale: float, window: int | None) -> torch.Tensor:
@@ -109,7 +111,7 @@ class NativeOps(EagerOps):
         b = batch or _plain(len(inputs[0]))
         chosen = np.empty(0, np.int32) if picks is None else picks.numpy()
         ids = np.zeros(len(inputs[0]), np.int32) if inputs else b.ids
-        tape.run(ids, b.positions, b.slots, b.query_start, b.pages, chosen, [x.numpy() for x in inputs])
+        tape.run(ids, b.positions, b.slots, b.query_start, b.pages, b.parents, chosen, [x.numpy() for x in inputs])
         return [torch.from_numpy(tape.view(at(value), value.width).copy()) for value in outputs]
 
 
@@ -124,4 +126,5 @@ def _pages(kv: KVPages):
     from headrace.kernels.cpu.pages import Pages
 
     padding = -kv.values.shape[-1] % 8
-    return Pages(kv.keys.transpose(2, 3).contiguous().numpy(), torch.nn.functional.pad(kv.values, (0, padding)).numpy())
+    values = torch.nn.functional.pad(kv.values, (0, padding)).numpy()
+    return Pages(kv.keys.transpose(2, 3).contiguous().numpy(), values, None if kv.scales is None else kv.scales.numpy().copy())

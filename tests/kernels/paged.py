@@ -1,11 +1,11 @@
 """Flat batches over shuffled pages, for tests of attention and rope: what a worker's batch looks like, made from two lists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from headrace.kernels.ops import Batch, HeadShape
-from headrace.kernels.reference.step import KVPages, StepTokens
+from headrace.kernels.reference.step import TYPES, KVPages, StepTokens
 from headrace.kernels.weights import Dense, GroupedInt
 
 
@@ -39,13 +39,14 @@ class Extents:
     slots: torch.Tensor
     query_start: torch.Tensor
     pages: torch.Tensor
+    parents: torch.Tensor | None = None
 
     def tokens(self) -> StepTokens:
-        return StepTokens(torch.zeros_like(self.positions), self.positions, self.slots, self.query_start, self.pages)
+        return StepTokens(torch.zeros_like(self.positions), self.positions, self.slots, self.query_start, self.pages, self.parents)
 
     def batch(self) -> Batch:
-        arrays = (self.positions, self.slots, self.query_start, self.pages)
-        return Batch(torch.zeros_like(self.positions).numpy(), *(array.numpy() for array in arrays))
+        arrays = (torch.zeros_like(self.positions), self.positions, self.slots, self.query_start, self.pages)
+        return Batch(*(array.numpy() for array in arrays), None if self.parents is None else self.parents.numpy())
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,53 @@ class Paged:
     def empty(self) -> KVPages:
         """Pages like this batch's with nothing in them yet."""
         return KVPages(torch.full_like(self.kv.keys, torch.nan), torch.full_like(self.kv.values, torch.nan))
+
+    def stored(self, dtype: str) -> "Paged":
+        """The same with its pages in one of `TYPES`."""
+        pages, _, page_size, _ = self.kv.keys.shape
+        kv = KVPages.new(pages, page_size, self.heads, torch.device("cpu"), TYPES[dtype])
+        kv.write(*(x.transpose(1, 2).flatten(0, 1) for x in (self.kv.keys, self.kv.values)), torch.arange(pages * page_size))
+        return replace(self, kv=kv)
+
+    def as_tree(self, request: int, parents: list[int]) -> "Paged":
+        """The same with the rows of one request being a tree."""
+        e = self.extents
+        all_parents, positions = (
+            torch.cat([torch.arange(-1, count - 1) for count in e.query_start.diff().tolist()]).int(),
+            e.positions.clone(),
+        )
+        if e.parents is not None:
+            all_parents = e.parents.clone()
+        first = int(e.query_start[request])
+        for row, parent in enumerate(parents):
+            all_parents[first + row] = parent
+            positions[first + row] = positions[first] if parent < 0 else positions[first + parent] + 1
+        return replace(self, extents=replace(e, positions=positions, parents=all_parents))
+
+    def path(self, request: int, row: int) -> "Paged":
+        """A row of a tree as the last of a plain sequence, in pages where that lies in order."""
+        e = self.extents
+        first, page_size = int(e.query_start[request]), self.kv.keys.shape[2]
+        nodes, node = [], row
+        while node >= 0:
+            nodes.insert(0, node)
+            node = int(e.parents[first + node])
+        base = int(e.positions[first])
+        kv = replace(self.kv, keys=self.kv.keys.clone(), values=self.kv.values.clone())
+        if kv.scales is not None:
+            kv = replace(kv, scales=kv.scales.clone())
+
+        def at(place: int) -> tuple[int, int]:
+            return int(e.pages[request, place // page_size]), place % page_size
+
+        for depth, node in enumerate(nodes):
+            to, from_ = at(base + depth), at(base + node)
+            for room, source in ((kv.keys, self.kv.keys), (kv.values, self.kv.values)):
+                room[to[0], :, to[1]] = source[from_[0], :, from_[1]]
+            if kv.scales is not None:
+                kv.scales[to[0], :, :, to[1]] = self.kv.scales[from_[0], :, :, from_[1]]
+        one = slice(first + row, first + row + 1)
+        return Paged(self.heads, kv, Extents(e.positions[one], e.slots[one], int32([0, 1]), e.pages[request : request + 1]))
 
 
 def paged(heads: HeadShape, page_size: int, contexts: list[int], fresh: list[int], seed: int = 0) -> Paged:

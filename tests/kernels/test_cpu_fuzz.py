@@ -13,7 +13,7 @@ from headrace.kernels.weights import Dense, GroupedInt
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 from headrace.kernels.cpu import _native  # noqa: E402
-from headrace.kernels.cpu.pages import Pages  # noqa: E402
+from headrace.kernels.cpu.pages import TYPES, Pages  # noqa: E402
 from headrace.kernels.cpu.recorder import Recorder  # noqa: E402
 
 REFUSALS = (ValueError, TypeError, OverflowError, AttributeError, IndexError)
@@ -57,13 +57,13 @@ def test_any_weights_are_multiplied_with_or_refused(parts, bias, activations, ro
     recorder = Recorder()
     x = recorder.input(packed.inputs)
     tape, at = recorder.program(backend._engine, [y := recorder.linear(x, packed)])
-    tape.run(*plain(rows), [np.ones((rows, packed.inputs), np.float32)])
+    tape.run(*plain(rows), None, np.empty(0, np.int32), [np.ones((rows, packed.inputs), np.float32)])
     assert tape.view(at(y), y.width).shape == (rows, packed.outputs)
 
 
 def plain(rows: int) -> tuple[np.ndarray, ...]:
     zeros = np.zeros(rows, np.int32)
-    return zeros, zeros, zeros, np.array([0, rows], np.int32), np.zeros((1, 1), np.int32), np.empty(0, np.int32)
+    return zeros, zeros, zeros, np.array([0, rows], np.int32), np.zeros((1, 1), np.int32)
 
 
 HEADS = st.builds(HeadShape, st.integers(-1, 6), st.integers(-1, 6), st.sampled_from([-8, 0, 1, 4, 8, 12, 16]))
@@ -102,7 +102,7 @@ def test_any_op_is_recorded_and_run_or_refused(data):
         y = ops[draw(st.sampled_from(sorted(ops)))]()
         tape, at = recorder.program(backend._engine, [y])
         inputs = [np.ones((rows, value.width), np.float32) for value in (x, other)]
-        tape.run(*plain(rows)[:5], np.arange(rows, dtype=np.int32), inputs)
+        tape.run(*plain(rows), None, np.arange(rows, dtype=np.int32), inputs)
         assert tape.view(at(y), y.width).shape == (rows, y.width)
     except REFUSALS:
         pass
@@ -113,7 +113,7 @@ def test_any_op_is_recorded_and_run_or_refused(data):
 def test_any_arrays_of_a_step_are_computed_or_refused(data):
     backend = cpu.CpuBackend(1)
     recorder = Recorder()
-    kv = Pages.new(3, 8, RIGHT)
+    kv = Pages.new(3, 8, RIGHT, data.draw(st.sampled_from(sorted(TYPES))))
     table = backend.prepare("table", lambda: [Dense(np.ones((32, 64), np.float32))])
     q = recorder.rope_write_kv(
         recorder.embed(None, table),
@@ -132,7 +132,9 @@ def test_any_arrays_of_a_step_are_computed_or_refused(data):
     any_array = right | arrays() | st.sampled_from([None, 3, [1, 2], np.full(3, 2**31 - 1, np.int32), np.full(3, -(2**31), np.int32)])
     table_of_pages = arrays(st.just(np.int32), st.tuples(count, count)) | any_array
     with contextlib.suppress(*REFUSALS):
-        tape.run(*(data.draw(any_array) for _ in range(4)), data.draw(table_of_pages), data.draw(any_array), [])
+        tape.run(
+            *(data.draw(any_array) for _ in range(4)), data.draw(table_of_pages), data.draw(st.none() | any_array), data.draw(any_array), []
+        )
 
 
 def test_an_engine_of_no_threads_is_refused():

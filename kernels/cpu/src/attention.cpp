@@ -1,4 +1,4 @@
-// Causal attention over paged keys and values, decode and prefill alike.
+// Causal attention over paged keys and values: decode, prefill and the verification of trees alike.
 //
 // The KV positions of a sequence are cut, from position 0 up, into blocks of 64 and splits of 256. A row (token, query head) walks the
 // blocks of a split in order with an online softmax (arXiv:2205.14135); the splits' results are then merged in order:
@@ -12,6 +12,9 @@
 //
 // A tile is one KV head of some tokens of one request with all query heads that read it: K and V come to the cache once for all of
 // its rows. A unit of work is a tile; where there are few tiles (decode), a split of a tile.
+//
+// A token of a tree sees what its path from the root makes a plain sequence, and in that order, so that it comes out to the same bits as
+// when that path alone is computed token by token. It is a tile of its own, whose keys are copied into order where they do not lie so.
 #include <algorithm>
 
 #include "ops.h"
@@ -39,6 +42,9 @@ struct Problem {
 
     int64_t sharing() const { return heads.query / heads.kv; }
     int64_t width() const { return kv.value_width(heads.dim); }
+    // The first row of a request, and the position from which its rows' keys and values lie one after the other.
+    int64_t first_row(int64_t request) const { return batch.query_start[request]; }
+    int64_t base(int64_t request) const { return batch.positions[first_row(request)]; }
     // The first position that a token sees.
     int64_t first(int64_t token) const { return window ? std::max(0, batch.positions[token] - window + 1) : 0; }
     int64_t place(int64_t token, int64_t kv_head, int64_t member) const {
@@ -49,6 +55,7 @@ struct Problem {
 struct Tile {
     int64_t request, from, to;    // tokens
     int64_t first_split, splits;  // that any of its tokens sees
+    bool tree;                    // one token of a tree
 };
 
 // Where rows keep their softmax: `state` has highest and total of each row, `out` [rows, width] the weighted sum so far.
@@ -60,18 +67,49 @@ struct Partial {
 template <class T>
 struct Block {
     int64_t begin, known;
-    const T* keys[GROUPS];   // of eight positions each, [D][page_size]
+    int64_t stride;          // from a key's value to the next of its D
+    const T* keys[GROUPS];   // of eight positions each, [D][stride]
     const T* values[BLOCK];  // [width]
+    float key_scales[BLOCK], value_scales[BLOCK];
 
     // Finds keys and values of the known positions. Groups behind them stand where the last does.
-    void place(const Pages<T>& pages, const int32_t* table, int64_t page_size) {
+    void place(const Pages<T>& pages, const int32_t* table) {
+        const int64_t page_size = pages.page_size;
         int64_t page = begin / page_size, offset = begin % page_size;
+        stride = page_size;
         for (int64_t j = 0; j < known; j++) {
             if (j % LANES == 0) keys[j / LANES] = pages.keys(table[page]) + offset;
-            values[j] = pages.value(table[page], offset);
+            take_value(pages, j, table[page], offset);
             if (++offset == page_size) page++, offset = 0;
         }
         for (int64_t g = (known + LANES - 1) / LANES; g < GROUPS; g++) keys[g] = keys[g - 1];
+    }
+
+    // The same for a token of a tree, `room` [D][BLOCK] taking the keys in order.
+    void place_path(const Problem& p, const Pages<T>& pages, const int32_t* table, const Tile& tile, T* room) {
+        const int64_t page_size = pages.page_size, first = p.first_row(tile.request), base = p.base(tile.request);
+        int64_t places[BLOCK];
+        for (int64_t j = 0; j < known; j++) places[j] = begin + j;
+        int64_t position = p.batch.positions[tile.from];
+        for (int64_t row = tile.from - first; row >= 0 && position >= begin; row = p.batch.parents[first + row], position--)
+            if (position < begin + known) places[position - begin] = base + row;
+        stride = BLOCK;
+        for (int64_t j = 0; j < known; j++) {
+            const int64_t page = table[places[j] / page_size], offset = places[j] % page_size;
+            const T* key = pages.keys(page) + offset;
+            for (int64_t d = 0; d < p.heads.dim; d++) room[d * BLOCK + j] = key[d * page_size];
+            take_value(pages, j, page, offset);
+        }
+        for (int64_t g = 0; g < GROUPS; g++) keys[g] = room + g * LANES;
+    }
+
+  private:
+    void take_value(const Pages<T>& pages, int64_t j, int64_t page, int64_t offset) {
+        values[j] = pages.value(page, offset);
+        if constexpr (SCALED<T>) {
+            key_scales[j] = pages.key_scales(page)[offset];
+            value_scales[j] = pages.value_scales(page)[offset];
+        }
     }
 };
 
@@ -116,11 +154,11 @@ inline void some_scores(const float* const* q, const T* const* keys, int64_t str
 // scores[r][j] of R rows with all positions of a block that are known, and some behind them.
 template <int R, class T>
 void scores_of(const Problem& p, const Block<T>& block, const float* const* q, float (*scores)[BLOCK]) {
-    const int64_t stride = p.kv.page_size, groups = (block.known + LANES - 1) / LANES;
+    const int64_t groups = (block.known + LANES - 1) / LANES;
     int64_t g = 0;
     auto some = [&]<int V>() {
         auto* at = reinterpret_cast<float(*)[BLOCK]>(scores[0] + g * LANES);
-        some_scores<R, V>(q, block.keys + g, stride, p.heads.dim, p.scale, at);
+        some_scores<R, V>(q, block.keys + g, block.stride, p.heads.dim, p.scale, at);
         g += V;
     };
     if constexpr (R <= 3)
@@ -154,6 +192,13 @@ void add_values(const float (*weights)[BLOCK], const T* const* values, int64_t f
         for (; d + 4 * LANES <= width; d += 4 * LANES) some_values<R, 4>(weights, values, from, to, d, out);
     for (; d + 2 * LANES <= width; d += 2 * LANES) some_values<R, 2>(weights, values, from, to, d, out);
     for (; d < width; d += LANES) some_values<R, 1>(weights, values, from, to, d, out);
+}
+
+// Brings scores, or weights, of whole numbers to what these stand for.
+template <int R>
+inline void multiply(float (*rows)[BLOCK], const float* scales, int64_t count) {
+    for (int r = 0; r < R; r++)
+        for (int64_t j = 0; j < count; j += LANES) store(rows[r] + j, load(rows[r] + j) * load(scales + j));
 }
 
 // Turns a row's scores into weights and brings its sums up to the new highest score. Only [from, to) of the block is seen; what is not
@@ -194,9 +239,24 @@ struct Row {
     int64_t first, last;  // positions that it sees
 };
 
+// What a thread needs for one tile beside its partial sums.
+struct Room {
+    float (*scores)[BLOCK];  // [rows]
+    Row* row;                // [rows]
+    float* keys;             // [D][BLOCK]
+
+    static int64_t floats(int64_t rows, int64_t dim) { return rows * (BLOCK + sizeof(Row) / sizeof(float)) + dim * BLOCK; }
+    static Room at(float* begin, int64_t rows) {
+        float* behind = begin + rows * BLOCK;
+        return {reinterpret_cast<float(*)[BLOCK]>(begin), reinterpret_cast<Row*>(behind), behind + rows * (sizeof(Row) / sizeof(float))};
+    }
+};
+
 // One split of a tile, from nothing.
 template <class T>
-void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split, Partial partial, float (*scores)[BLOCK], Row* row) {
+void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split, Partial partial, const Room& room) {
+    float (*scores)[BLOCK] = room.scores;
+    Row* row = room.row;
     const int64_t sharing = p.sharing(), rows = (tile.to - tile.from) * sharing, width = p.width();
     int64_t begin = (split + 1) * SPLIT, end = 0;
     for (int64_t r = 0; r < rows; r++) {
@@ -219,11 +279,12 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
         int64_t from_row = 0, to_row = rows;
         while (from_row < to_row && row[from_row].last < block.begin) from_row++;
         while (to_row > from_row && row[to_row - 1].first >= block.begin + block.known) to_row--;
-        block.place(pages, table, p.kv.page_size);
+        tile.tree ? block.place_path(p, pages, table, tile, reinterpret_cast<T*>(room.keys)) : block.place(pages, table);
         by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
             const float* q[R];
             for (int i = 0; i < R; i++) q[i] = row[from_row + r + i].q;
             scores_of<R>(p, block, q, scores + from_row + r);
+            if constexpr (SCALED<T>) multiply<R>(scores + from_row + r, block.key_scales, block.known);
         });
         for (int64_t r = from_row; r < to_row; r++) {
             const int64_t from = std::max<int64_t>(row[r].first - block.begin, 0), to = std::min(block.known, row[r].last + 1 - block.begin);
@@ -240,6 +301,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
                 out[i] = row[from_row + r + i].out;
                 seen = std::max(seen, std::min(block.known, row[from_row + r + i].last + 1 - block.begin));
             }
+            if constexpr (SCALED<T>) multiply<R>(scores + from_row + r, block.value_scales, block.known);
             add_values<R>(scores + from_row + r, block.values, 0, seen, width, out);
         });
     }
@@ -274,13 +336,23 @@ void finish(const Problem& p, const Tile& tile, int64_t kv_head, Partial partial
     }
 }
 
+// Whether a request's rows are anything but one sequence.
+bool is_tree(const Problem& p, int64_t request) {
+    if (!p.batch.parents) return false;
+    const int64_t first = p.first_row(request);
+    for (int64_t row = first; row < p.batch.query_start[request + 1]; row++)
+        if (p.batch.parents[row] != row - first - 1) return true;
+    return false;
+}
+
 // The batch's tiles, those with most to see first, so that no thread is left with a long one at the end. `tiles` has room for all.
 int64_t tiles_of(const Problem& p, Tile* tiles) {
-    const int64_t most = std::max<int64_t>(1, TILE_ROWS / p.sharing());
     int64_t count = 0;
-    for (int64_t r = 0; r < p.batch.requests; r++)
+    for (int64_t r = 0; r < p.batch.requests; r++) {
+        const bool tree = is_tree(p, r);
+        const int64_t most = tree ? 1 : std::max<int64_t>(1, TILE_ROWS / p.sharing());
         for (int64_t from = p.batch.query_start[r]; from < p.batch.query_start[r + 1]; from += most) {
-            Tile& tile = tiles[count++] = {r, from, std::min<int64_t>(from + most, p.batch.query_start[r + 1]), INT64_MAX, 0};
+            Tile& tile = tiles[count++] = {r, from, std::min<int64_t>(from + most, p.batch.query_start[r + 1]), INT64_MAX, 0, tree};
             int64_t last = 0;
             for (int64_t token = tile.from; token < tile.to; token++) {
                 tile.first_split = std::min(tile.first_split, p.first(token) / SPLIT);
@@ -288,20 +360,10 @@ int64_t tiles_of(const Problem& p, Tile* tiles) {
             }
             tile.splits = last + 1 - tile.first_split;
         }
+    }
     std::sort(tiles, tiles + count, [](const Tile& a, const Tile& b) { return a.splits != b.splits ? a.splits > b.splits : a.from < b.from; });
     return count;
 }
-
-// What a thread needs for one tile beside its partial sums.
-struct Room {
-    float (*scores)[BLOCK];
-    Row* row;
-
-    static int64_t floats(int64_t rows) { return rows * (BLOCK + sizeof(Row) / sizeof(float)) + 16; }
-    static Room at(float* begin, int64_t rows) {
-        return {reinterpret_cast<float(*)[BLOCK]>(begin), reinterpret_cast<Row*>(begin + rows * BLOCK)};
-    }
-};
 
 template <class T>
 void attend(Pool& pool, const Problem& p) {
@@ -318,8 +380,8 @@ void attend(Pool& pool, const Problem& p) {
             const Tile& tile = tiles[unit / most / kv_heads];
             const int64_t s = unit % most;
             if (s >= tile.splits) return;
-            const Room room = Room::at(Pool::scratch(2, Room::floats(tile_rows)), tile_rows);
-            split_of<T>(p, tile, unit / most % kv_heads, tile.first_split + s, partial_at(partials + unit * floats), room.scores, room.row);
+            const Room room = Room::at(Pool::scratch(2, Room::floats(tile_rows, p.heads.dim)), tile_rows);
+            split_of<T>(p, tile, unit / most % kv_heads, tile.first_split + s, partial_at(partials + unit * floats), room);
         });
         pool.run(count, [&](int64_t unit) {
             const Tile& tile = tiles[unit / kv_heads];
@@ -333,12 +395,12 @@ void attend(Pool& pool, const Problem& p) {
     auto whole = [&](int64_t unit) {
         const Tile& tile = tiles[unit / kv_heads];
         const int64_t rows = (tile.to - tile.from) * p.sharing(), kv_head = unit % kv_heads;
-        float* scratch = Pool::scratch(2, 2 * floats + Room::floats(tile_rows));
+        float* scratch = Pool::scratch(2, 2 * floats + Room::floats(tile_rows, p.heads.dim));
         Partial sum = partial_at(scratch), next = partial_at(scratch + floats);
         const Room room = Room::at(scratch + 2 * floats, tile_rows);
-        split_of<T>(p, tile, kv_head, tile.first_split, sum, room.scores, room.row);
+        split_of<T>(p, tile, kv_head, tile.first_split, sum, room);
         for (int64_t s = 1; s < tile.splits; s++) {
-            split_of<T>(p, tile, kv_head, tile.first_split + s, next, room.scores, room.row);
+            split_of<T>(p, tile, kv_head, tile.first_split + s, next, room);
             merge(rows, width, sum, next);
         }
         finish(p, tile, kv_head, sum);
@@ -354,7 +416,7 @@ void attend(Pool& pool, const Problem& p) {
 
 void attention(Pool& pool, const float* q, const Heads& heads, const KV& kv, const Batch& batch, float scale, int window, float* out) {
     const Problem p{q, heads, kv, batch, scale, window, out};
-    kv.halves ? attend<Half>(pool, p) : attend<float>(pool, p);
+    with_type(kv, [&]<class T>() { attend<T>(pool, p); });
 }
 
 }  // namespace headrace::HEADRACE_ISA

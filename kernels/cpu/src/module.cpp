@@ -3,12 +3,14 @@
 // here, before every run, so that no op reads or writes out of bounds. The GIL is released while anything computes.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -210,18 +212,21 @@ class Program {
         });
     }
 
-    void run(const Array& ids, const Array& positions, const Array& slots, const Array& query_start, const Array& pages, const Array& picks,
-             const std::vector<Array>& inputs) {
+    void run(const Array& ids, const Array& positions, const Array& slots, const Array& query_start, const Array& pages,
+             const std::optional<Array>& parents, const Array& picks, const std::vector<Array>& inputs) {
         const int64_t tokens = ids.size(), requests = pages.ndim() == 2 ? pages.shape(0) : 0, width = requests ? pages.shape(1) : 0;
         const int32_t* table = indices("pages", pages, 2);
         const Batch batch{indices("positions", positions, 1, tokens), indices("slots", slots, 1, tokens),
-                          indices("query_start", query_start, 1, requests + 1), table, tokens, requests, width};
+                          indices("query_start", query_start, 1, requests + 1), table, parents ? indices("parents", *parents, 1, tokens) : nullptr,
+                          tokens, requests, width};
         if (batch.query_start[0] != 0 || batch.query_start[requests] != tokens)
             refuse("query_start must run from 0 to the " + std::to_string(tokens) + " tokens of the batch");
         for (int64_t r = 0; r < requests; r++)
             if (batch.query_start[r] > batch.query_start[r + 1]) refuse("query_start must not fall, it does at request " + std::to_string(r));
         within("ids", indices("ids", ids, 1), tokens, vocabulary_);
         within("positions", batch.positions, tokens, std::min(positions_, width * page_size_));
+        if (batch.parents)
+            for (int64_t r = 0; r < requests; r++) check_tree(batch, r, width * page_size_);
         within("slots", batch.slots, tokens, pages_ * page_size_);
         within("pages", batch.pages, requests * width, pages_);
         within("picks", indices("picks", picks, 1), picks.size(), tokens);
@@ -257,6 +262,20 @@ class Program {
 
   private:
     using Step = Tape::Step;
+
+    static void check_tree(const Batch& batch, int64_t request, int64_t room) {
+        const int64_t first = batch.query_start[request], count = batch.query_start[request + 1] - first;
+        const int32_t *parents = batch.parents + first, *positions = batch.positions + first;
+        if (count && positions[0] + count > room)
+            refuse("request " + std::to_string(request) + " has " + std::to_string(count) + " rows from position " +
+                   std::to_string(positions[0]) + " on: its pages end at " + std::to_string(room));
+        for (int64_t i = 0; i < count; i++) {
+            if (parents[i] < -1 || parents[i] >= i)
+                refuse("row " + std::to_string(i) + " of request " + std::to_string(request) + " cannot follow row " + std::to_string(parents[i]));
+            if (positions[i] != (parents[i] < 0 ? positions[0] : positions[parents[i]] + 1))
+                refuse("row " + std::to_string(i) + " of request " + std::to_string(request) + " must stand behind the row it follows");
+        }
+    }
 
     void bound(const KV& kv) {
         pages_ = std::min(pages_, kv.pages);
@@ -295,8 +314,8 @@ NB_MODULE(_native, m) {
                             Address k_norm, float eps) {
             new (self) Rope{floats(cos), floats(sin), positions, half, interleaved, floats(q_norm), floats(k_norm), eps};
         });
-    nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, int64_t pages, int64_t page_size, bool halves) {
-        new (self) KV{at<void>(keys), at<void>(values), pages, page_size, halves};
+    nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, Address scales, int64_t pages, int64_t page_size, int form) {
+        new (self) KV{at<void>(keys), at<void>(values), at<float>(scales), pages, page_size, static_cast<KVForm>(form)};
     });
     nb::class_<Place>(m, "Place").def("__init__", [](Place* self, int arena, int64_t start) {
         new (self) Place{static_cast<Arena>(arena), start};

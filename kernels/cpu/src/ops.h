@@ -88,12 +88,14 @@ constexpr int64_t quantized_step(int64_t unit) { return 4 + 4 * (QUANTUM / unit)
 
 inline int64_t quantized_bytes(const Linear& w) { return w.inputs / QUANTUM * quantized_step(w.unit()); }
 
-// Rows `query_start[r] … query_start[r + 1] - 1` of the batch belong to request r, whose pages stand in row r of `pages`.
+// Rows `query_start[r] … query_start[r + 1] - 1` of the batch belong to request r, whose pages stand in row r of `pages`: the K and V of
+// its i-th row at the place of its first row's position, plus i. Without `parents` that is each row's own position.
 struct Batch {
     const int32_t* positions;    // [T]
     const int32_t* slots;        // [T]
     const int32_t* query_start;  // [R + 1]
     const int32_t* pages;        // [R, table_width]
+    const int32_t* parents;      // [T] or null: the row of the same request that each follows, -1 for none
     int64_t tokens, requests, table_width;
 };
 
@@ -101,14 +103,19 @@ struct Heads {
     int query, kv, dim;
 };
 
-// Pages of one layer, in float or, where `halves`, IEEE binary16. Keys lie transposed, values are padded with zeros to whole vectors:
+// How keys and values are stored: as floats, as IEEE binary16, or as bytes that share a scale in each head of each position.
+enum class KVForm : int { f32 = 0, f16 = 1, int8 = 2 };
+
+// Pages of one layer. Keys lie transposed, values are padded with zeros to whole vectors:
 //   keys    [pages][Hkv][D][page_size]
 //   values  [pages][Hkv][page_size][value_width(D)]
+//   scales  [pages][Hkv][2][page_size], of keys, then of values; null unless they are int8
 struct KV {
     void* keys;
     void* values;
+    float* scales;
     int64_t pages, page_size;  // page_size is a multiple of 8
-    bool halves;
+    KVForm form;
 
     HEADRACE_INLINE int64_t value_width(int64_t dim) const { return (dim + 7) / 8 * 8; }
 };

@@ -1,5 +1,6 @@
 // q, k and v of each token: normalize q and k per head where the model does, rotate them, and put k and v into their page.
 #include <algorithm>
+#include <limits>
 
 #include "ops.h"
 #include "pages.h"
@@ -28,6 +29,27 @@ struct Scratch {
     float *turned, *normed;
 };
 
+// `dim` values to places `apart` from each other.
+template <class T>
+void put_all(const float* x, int64_t dim, T* to, int64_t apart, float*) {
+    for (int64_t d = 0; d < dim; d++) put(to + d * apart, x[d]);
+}
+
+// As whole numbers of at most 127, to be multiplied with `scale`: the largest magnitude / 127, or NaN where there is NaN or infinity.
+void put_all(const float* x, int64_t dim, int8_t* to, int64_t apart, float* scale) {
+    float largest = 0.0f;
+    bool finite = true;
+    for (int64_t d = 0; d < dim; d++) {
+        largest = std::max(largest, std::fabs(x[d]));
+        finite &= std::fabs(x[d]) <= std::numeric_limits<float>::max();
+    }
+    *scale = finite ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = finite && largest >= 0x1p-100f ? 127.0f / largest : 0.0f;
+    // adding 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits
+    for (int64_t d = 0; d < dim; d++)
+        to[d * apart] = static_cast<int8_t>(std::bit_cast<int32_t>((finite ? x[d] : 0.0f) * inverse + 12582912.0f) - 0x4b400000);
+}
+
 template <class T>
 void one_token(const float* x, const Heads& heads, const Rope& rope, const KV& kv, int64_t position, int64_t slot, Scratch scratch, float* q) {
     const int64_t dim = heads.dim, page = slot / kv.page_size, offset = slot % kv.page_size;
@@ -43,12 +65,12 @@ void one_token(const float* x, const Heads& heads, const Rope& rope, const KV& k
     for (int h = 0; h < heads.query; h++, x += dim) turn(x, rope.q_norm, q + h * dim);
     for (int h = 0; h < heads.kv; h++, x += dim) {
         turn(x, rope.k_norm, scratch.turned);
-        T* keys = Pages<T>(kv, heads, h).keys(page) + offset;
-        for (int64_t d = 0; d < dim; d++) put(keys + d * kv.page_size, scratch.turned[d]);
+        const Pages<T> pages(kv, heads, h);
+        put_all(scratch.turned, dim, pages.keys(page) + offset, kv.page_size, pages.key_scales(page) + offset);
     }
     for (int h = 0; h < heads.kv; h++, x += dim) {
-        T* value = Pages<T>(kv, heads, h).value(page, offset);
-        for (int64_t d = 0; d < dim; d++) put(value + d, x[d]);
+        const Pages<T> pages(kv, heads, h);
+        put_all(x, dim, pages.value(page, offset), 1, pages.value_scales(page) + offset);
     }
 }
 
@@ -60,9 +82,10 @@ void rope_write_kv(Pool& pool, const float* qkv, const Heads& heads, const Rope&
     pool.run((batch.tokens + EACH - 1) / EACH, [&](int64_t unit) {
         float* room = Pool::scratch(2, 2 * heads.dim);
         const Scratch scratch{room, room + heads.dim};
-        auto one = kv.halves ? one_token<Half> : one_token<float>;
-        for (int64_t t = unit * EACH; t < std::min(batch.tokens, (unit + 1) * EACH); t++)
-            one(qkv + t * width, heads, rope, kv, batch.positions[t], batch.slots[t], scratch, q + t * q_width);
+        with_type(kv, [&]<class T>() {
+            for (int64_t t = unit * EACH; t < std::min(batch.tokens, (unit + 1) * EACH); t++)
+                one_token<T>(qkv + t * width, heads, rope, kv, batch.positions[t], batch.slots[t], scratch, q + t * q_width);
+        });
     });
 }
 

@@ -54,11 +54,22 @@ inline Vec widen(const float* p) { return load(p); }
 
 #if defined(__AVX2__)
 
+inline Vec widen(const int8_t* p) {
+    return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+}
+
 inline Vec widen(const Half* p) { return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
 
 inline Half narrow(float x) { return {static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), 0)))}; }
 
 #else
+
+inline Vec widen(const int8_t* p) {
+    typedef int8_t Bytes __attribute__((vector_size(8)));
+    Bytes v;
+    std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, Ints), Vec);
+}
 
 // Exponents are rebased by a multiplication, which is exact, subnormals included.
 inline Vec widen(const Half* p) {

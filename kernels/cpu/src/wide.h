@@ -60,10 +60,6 @@ using HEADRACE_ISA::widen;
 
 inline Floats floats(Ints v) { return reinterpret_cast<Floats>(_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(v))); }
 
-inline Floats widen(const int8_t* p) {
-    return floats(reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
-}
-
 inline Floats widen(const BFloat* p) {
     Ints v = reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     return std::bit_cast<Floats>(v << 16);
@@ -71,7 +67,6 @@ inline Floats widen(const BFloat* p) {
 
 #else
 
-typedef int8_t Bytes __attribute__((vector_size(8)));
 typedef uint16_t Words __attribute__((vector_size(16)));
 typedef uint32_t DoubleWords __attribute__((vector_size(32)));
 
@@ -83,8 +78,6 @@ inline To converted(const T* p) {
 }
 
 inline Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
-
-inline Floats widen(const int8_t* p) { return floats(converted<Bytes, Ints>(p)); }
 
 inline Floats widen(const BFloat* p) { return std::bit_cast<Floats>(converted<Words, DoubleWords>(p) << 16); }
 
