@@ -8,11 +8,12 @@
 // is cut. Two ways differ in where things lie meanwhile:
 //
 //   few rows    codes and scales are unpacked in registers, straight from the stream of blocks
-//   more rows   a stretch of inputs of some panels is unpacked once into scratch, and read by all rows, a few at a time
+//   more rows   a stretch of inputs of some panels is unpacked once into scratch, and read by all rows, a few at a time, or with AMX 16
 #include <algorithm>
 
 #include "dots.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace headrace::HEADRACE_ISA {
 namespace {
@@ -87,14 +88,34 @@ inline float float_at(const uint8_t* p) {
     return v;
 }
 
+// What every code is too high by, where its minimum does not say it; x's sum times that is a whole number, and so exact.
+template <Form F, bool minimums, int bias>
+struct High {
+    static constexpr bool ANY = !minimums && (F != Form::int8 || bias != 0);
+    Floats high;
+
+    explicit High(int offset) : high(wide::all(static_cast<float>(-offset - bias))) {}
+
+    Floats take_off(Floats sum, Floats x_sum) const {
+        if constexpr (ANY) sum = wide::fma(high, x_sum, sum);
+        return sum;
+    }
+};
+
+// Adds a unit's exact sum to an output: the definition above.
+template <bool minimums, class Units, class TooHigh>
+inline Floats add_sum(Floats acc, wide::Ints products, const TooHigh& high, Floats x_scale, Floats x_sum, const Units& units, int v) {
+    const Floats sum = high.take_off(wide::floats(products), x_sum);
+    if constexpr (minimums) acc = wide::fused(units.minimum(v), x_sum, acc);
+    return wide::fused(sum * x_scale, units.factor(v), acc);
+}
+
 // Adds the next `steps` * QUANTUM inputs of N rows of x to sums [N][outputs of the units].
 template <Form F, int UNIT, bool minimums, int N, class Units>
 inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, int64_t steps, float* sums) {
     constexpr int V = Units::VECTORS;
     constexpr int64_t STEP = quantized_step(UNIT);
-    // What every code is too high by; x's sum times it is a whole number, and so exact.
-    constexpr bool HIGH = !minimums && (F != Form::int8 || BIAS<F, minimums> != 0);
-    const Floats high = wide::all(static_cast<float>(-offset - BIAS<F, minimums>));
+    const High<F, minimums, BIAS<F, minimums>> high(offset);
     Floats acc[N][V];
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++)
@@ -110,12 +131,7 @@ inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, 
             for (int r = 0; r < N; r++) {
                 const Floats x_scale = wide::all(float_at(x + r * stride)), x_sum = wide::all(float_at(x + r * stride + 4 + 4 * unit));
 #pragma GCC unroll 4
-                for (int v = 0; v < V; v++) {
-                    Floats sum = wide::floats(products[r][v]);
-                    if constexpr (HIGH) sum = wide::fma(high, x_sum, sum);
-                    if constexpr (minimums) acc[r][v] = wide::fused(units.minimum(v), x_sum, acc[r][v]);
-                    acc[r][v] = wide::fused(sum * x_scale, units.factor(v), acc[r][v]);
-                }
+                for (int v = 0; v < V; v++) acc[r][v] = add_sum<minimums>(acc[r][v], products[r][v], high, x_scale, x_sum, units, v);
             }
         }
 #pragma GCC unroll 8
@@ -123,6 +139,29 @@ inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, 
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) wide::store(sums + (r * V + v) * wide::WIDTH, acc[r][v]);
 }
+
+#if defined(HEADRACE_AMX)
+// The same for unpacked units, by tiles.
+template <Form F, int UNIT, bool minimums, int N>
+inline void add_rows_by_tiles(Scratch<UNIT> units, int offset, const uint8_t* x, int64_t stride, int64_t steps, float* sums) {
+    constexpr int64_t STEP = quantized_step(UNIT);
+    const High<F, minimums, 0> high(offset);
+    const tiles::Configured<UNIT / 4> configured(N);
+    alignas(64) int32_t products[N][PANEL];
+    for (; steps > 0; steps--, x += STEP)
+        for (int unit = 0; unit < QUANTUM / UNIT; unit++) {
+            tiles::multiply<F>(units.next(), x + STEP - QUANTUM + unit * UNIT, stride, products[0]);
+            for (int r = 0; r < N; r++) {
+                const Floats x_scale = wide::all(float_at(x + r * stride)), x_sum = wide::all(float_at(x + r * stride + 4 + 4 * unit));
+                for (int v = 0; v < PARTS; v++) {
+                    float* sum = sums + r * PANEL + v * wide::WIDTH;
+                    const wide::Ints product = wide::ints(products[r] + v * wide::WIDTH);
+                    wide::store(sum, add_sum<minimums>(wide::load(sum), product, high, x_scale, x_sum, units, v));
+                }
+            }
+        }
+}
+#endif
 
 // The panels that come next, asked for bit by bit while these are computed: their stream has stopped, and the machine has lost it.
 struct Ahead {
@@ -149,6 +188,23 @@ struct Product {
         add_rows<F, UNIT, minimums, N>(units, w.offset, x, stride, steps, sums);
     }
 
+    // Of units that were unpacked, up to SHARED rows.
+#if defined(HEADRACE_AMX)
+    static constexpr int SHARED = tiles::ROWS;
+
+    template <int N>
+    void add_unpacked(const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
+        add_rows_by_tiles<F, UNIT, minimums, N>({units}, w.offset, x, stride, steps, sums);
+    }
+#else
+    static constexpr int SHARED = TALL;
+
+    template <int N>
+    void add_unpacked(const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
+        add<N>(Scratch<UNIT>{units}, x, steps, sums);
+    }
+#endif
+
     void few_rows(const uint8_t* x, int64_t rows, int64_t panel, float* y, int64_t width) const {
         alignas(64) float sums[FEW * PANEL];
         std::fill(sums, sums + rows * PANEL, 0.0f);
@@ -166,7 +222,7 @@ struct Product {
         for (int64_t p = 0; p < panels; p++) std::fill(sums[p], sums[p] + rows * PANEL, 0.0f);
         const int64_t steps = w.inputs / QUANTUM, stretches = (w.inputs + DEPTH - 1) / DEPTH, longest = (steps + stretches - 1) / stretches;
         Ahead next(w.panels + (panel + panels) * blocks.panel_bytes, w.panels + std::min(panel + 2 * panels, panels_end()) * blocks.panel_bytes,
-                   stretches * ((rows + TALL - 1) / TALL));
+                   stretches * ((rows + SHARED - 1) / SHARED));
         static_assert(SIDE == 2);
         Stream<F, UNIT> streams[SIDE] = {{blocks, panel, w.group}, {blocks, panel + 1, w.group}};
         for (int64_t step = 0; step < steps; step += longest) {
@@ -174,13 +230,13 @@ struct Product {
             for (int64_t p = 0; p < panels; p++)
                 for (int64_t unit = 0; unit < count * (QUANTUM / UNIT); unit++) unpack(streams[p], unpacked[p][unit]);
             const uint8_t* from = x + step * quantized_step(UNIT);
-            by_heights<TALL>(rows, [&]<int N>(int64_t r) {
+            by_heights<SHARED>(rows, [&]<int N>(int64_t r) {
                 next.ask();
                 if (step == 0)
                     for (int i = 0; i < N; i++)
                         for (int64_t p = 0; p < panels; p++) __builtin_prefetch(y + (r + i) * width + (panel + p) * PANEL, 1, 2);
                 for (int64_t p = 0; p < panels; p++)
-                    add<N>(Scratch<UNIT>{unpacked[p]}, from + r * stride, count, sums[p] + r * PANEL);
+                    add_unpacked<N>(unpacked[p], from + r * stride, count, sums[p] + r * PANEL);
             });
         }
         for (int64_t p = 0; p < panels; p++) finish(sums[p], rows, panel + p, y, width);

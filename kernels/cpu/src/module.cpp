@@ -9,6 +9,11 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -44,6 +49,20 @@ Ops with(const char* isa, Ops table, decltype(Ops::linear_int8) linear_int8, dec
 }
 #endif
 
+#ifdef HEADRACE_X86
+// Whether there are tiles for int8, and the system lends a process their registers, for which it must be asked (the kernel's
+// Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+    if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-int8")) return false;
+#ifdef __linux__
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 // The instruction sets that this machine has, best first.
 std::vector<const Ops*> tables() {
     std::vector<const Ops*> found;
@@ -52,9 +71,12 @@ std::vector<const Ops*> tables() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    static const Ops amx = with("amx", avx512::ops, amx::linear_int8, amx::probe);
     static const Ops avx512vnni = with("avx512vnni", avx512::ops, avx512vnni::linear_int8, avx512vnni::probe);
     static const Ops avxvnni = with("avxvnni", avx2::ops, avxvnni::linear_int8, avxvnni::probe);
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512vnni);
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni && may_use_tiles()) found.push_back(&amx);
+    if (vnni) found.push_back(&avx512vnni);
     if (avx512) found.push_back(&avx512::ops);
     if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni);
     if (avx2) found.push_back(&avx2::ops);

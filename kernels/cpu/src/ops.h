@@ -187,5 +187,10 @@ namespace avx512vnni {
 void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
 Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
 }
+// With tiles on top of those of avx512vnni.
+namespace amx {
+void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
+}
 
 }  // namespace headrace

@@ -3,6 +3,7 @@
 
 #include "dots.h"
 #include "ops.h"
+#include "tiles.h"
 
 namespace headrace::HEADRACE_ISA {
 namespace {
@@ -46,6 +47,29 @@ void turn(V x, V y, const Step& step) {
     for (int64_t turns = 0; turns < TURNS; turns++) next(a), next(b), next(c), next(d), next(e), next(f), next(g), next(h), next(i), next(j);
 }
 
+#if defined(HEADRACE_AMX)
+
+constexpr int INT8_OPERATIONS = 2 * tiles::ROWS * 16 * 64;  // a product of whole tiles
+constexpr int INT8_CHAINS = 4;
+
+void multiply_int8() {
+    tiles::Shapes shapes;
+    for (int tile = 0; tile < 6; tile++) shapes.set(tile, 16, 64);
+    _tile_loadconfig(&shapes);
+    for (int64_t turns = 0; turns < TURNS; turns++) {
+        _tile_dpbsud(0, 4, 5);
+        _tile_dpbsud(1, 4, 5);
+        _tile_dpbsud(2, 4, 5);
+        _tile_dpbsud(3, 4, 5);
+    }
+    _tile_release();
+}
+
+#else
+
+constexpr int INT8_OPERATIONS = 8 * wide::WIDTH;
+constexpr int INT8_CHAINS = CHAINS;
+
 // One product of codes of 4 bits with int8, as `sum_unit` adds it up.
 inline wide::Ints add_product(wide::Ints sum, wide::Ints codes, wide::Ints x) {
 #if defined(HEADRACE_DOT)
@@ -55,17 +79,21 @@ inline wide::Ints add_product(wide::Ints sum, wide::Ints codes, wide::Ints x) {
 #endif
 }
 
+void multiply_int8() {
+    turn(wide::Ints{} + 0x01020304, wide::Ints{} + 0x02010201, [](wide::Ints sum, wide::Ints x, wide::Ints y) { return add_product(sum, x, y); });
+}
+
+#endif
+
 }  // namespace
 
 Peaks probe(Pool& pool, const uint8_t* bytes, int64_t size) {
     Peaks peaks;
-    const double parts = static_cast<double>(pool.threads() * SHARES) * TURNS * CHAINS;
-    peaks.float_operations = parts * 2 * wide::WIDTH / seconds(pool, [](int64_t) {
+    const double turns = static_cast<double>(pool.threads() * SHARES) * TURNS;
+    peaks.float_operations = turns * CHAINS * 2 * wide::WIDTH / seconds(pool, [](int64_t) {
         turn(wide::all(0.5f), wide::all(0.25f), [](wide::Floats sum, wide::Floats x, wide::Floats y) { return wide::fma(x, y, sum); });
     });
-    peaks.int8_operations = parts * 8 * wide::WIDTH / seconds(pool, [](int64_t) {
-        turn(wide::Ints{} + 0x01020304, wide::Ints{} + 0x02010201, [](wide::Ints sum, wide::Ints x, wide::Ints y) { return add_product(sum, x, y); });
-    });
+    peaks.int8_operations = turns * INT8_CHAINS * INT8_OPERATIONS / seconds(pool, [](int64_t) { multiply_int8(); });
     const int64_t shares = pool.threads() * SHARES, share = size / shares / 256 * 256;
     peaks.bytes_read = static_cast<double>(shares * share) / seconds(pool, [&](int64_t unit) {
         wide::Ints sums[4] = {};

@@ -1,0 +1,64 @@
+// Products of codes with int8 by AMX: matrices in tile registers, of which one instruction multiplies two and adds the product to a third.
+//
+//   x      a tile of up to 16 rows, 4 * FOURS inputs each, as they lie
+//   codes  a tile of FOURS rows, 4 inputs of 16 outputs each, as unpacked
+//   sums   a tile of up to 16 rows, 16 outputs each, exact in 32 bits
+//
+// A group of inputs has a scale of its own, so no tile takes more than one group: half of what the hardware could hold.
+#pragma once
+
+#if defined(HEADRACE_AMX)
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "ops.h"
+
+namespace headrace::HEADRACE_ISA::tiles {
+
+constexpr int ROWS = 16;
+
+// The shape of all registers, as `ldtilecfg` reads it (Intel SDM, volume 1, 18.3).
+struct alignas(64) Shapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int of_rows, int of_bytes) {
+        rows[tile] = static_cast<uint8_t>(of_rows);
+        row_bytes[tile] = static_cast<uint16_t>(of_bytes);
+    }
+};
+static_assert(sizeof(Shapes) == 64);
+
+// The calling thread's tiles, for `count` rows of x and FOURS * 4 inputs at a time, while this lives.
+template <int FOURS>
+struct Configured {
+    explicit Configured(int count) {
+        Shapes shapes;
+        shapes.set(0, count, 4 * PANEL);
+        shapes.set(1, count, 4 * FOURS);
+        shapes.set(2, FOURS, 4 * PANEL);
+        _tile_loadconfig(&shapes);
+    }
+    ~Configured() { _tile_release(); }
+    Configured(const Configured&) = delete;
+};
+
+// sums [rows][PANEL] of codes times x. Registers (the compiler wants their numbers as digits): 0 sums, 1 x, 2 codes.
+template <Form F>
+inline void multiply(const uint8_t* codes, const uint8_t* x, int64_t stride, int32_t* sums) {
+    _tile_zero(0);
+    _tile_loadd(1, x, stride);
+    _tile_loadd(2, codes, 4 * PANEL);
+    if constexpr (F == Form::int8)
+        _tile_dpbssd(0, 1, 2);
+    else
+        _tile_dpbsud(0, 1, 2);
+    _tile_stored(0, sums, 4 * PANEL);
+}
+
+}  // namespace headrace::HEADRACE_ISA::tiles
+
+#endif
