@@ -89,7 +89,7 @@ class SamplingBatch:
     frequency_penalty: Sequence[float]
     seed: Sequence[int]
     """64-bit."""
-    position: Sequence[int]
+    position: list[int]
     """Index of the token to be drawn in its request's output, from 0: the counter of the random numbers."""
     logit_bias: Sequence[Sequence[tuple[int, float]]]
     banned: Sequence[Sequence[int]]

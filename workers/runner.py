@@ -45,20 +45,21 @@ class ModelRunner:
         self._backend = backend
         kv = backend.new_kv(len(decoder.layers), pages, page_size, decoder.heads, kv_dtype)
         self._program = backend.compile(decoder, kv)
+        self._sampled: tuple[list[Sequence], SamplingBatch] | None = None
+        """What was sampled last, if the same sequences need no more than new positions."""
 
     def step(self, rows: list[Row]) -> Outcome:
         """See `Runner.step`."""
         begun = time.perf_counter_ns()
-        batch, starts = build_batch(rows, self.page_size)
-        emitting = [row for row in rows if row.emits]
-        last = [start + row.length - 1 for start, row in zip(starts, rows, strict=True) if row.emits]
+        flat = build_batch(rows, self.page_size)
+        emitting = [row.sequence for row in rows if row.emits]
         prepared = time.perf_counter_ns()
-        logits = self._program.run(batch, np.array(last, np.int32))
+        logits = self._program.run(flat.batch, flat.picks)
         forwarded = time.perf_counter_ns()
         outcome = Outcome([])
         if emitting:
-            self._sample(logits, [row.sequence for row in emitting], outcome)
-        for start, row in zip(starts, rows, strict=True):
+            self._sample(logits, emitting, outcome)
+        for start, row in zip(flat.starts, rows, strict=True):
             if row.sequence.sampling.prompt_logprobs is not None:
                 self._score_prompt(start, row, outcome)
         outcome.prepare_ns = prepared - begun
@@ -76,7 +77,7 @@ class ModelRunner:
     def _sample(self, logits: Array, sequences: list[Sequence], outcome: Outcome) -> None:
         """Choose a token for each row of logits, None where they are invalid."""
         try:
-            sampled = self._backend.sample(logits, sampling_batch(sequences))
+            sampled = self._backend.sample(logits, self._sampling_batch(sequences))
         except FloatingPointError:
             if len(sequences) == 1:
                 outcome.tokens.append(None)
@@ -89,6 +90,17 @@ class ModelRunner:
             if scores is not None:
                 logprob, top, top_logprobs = scores
                 outcome.logprobs.append(TokenLogprobs(sequence.request, sequence.emitted, logprob, tuple(top), tuple(top_logprobs)))
+
+    def _sampling_batch(self, sequences: list[Sequence]) -> SamplingBatch:
+        """`sampling_batch`, which from one step to the next is mostly the same."""
+        if self._sampled is not None and self._sampled[0] == sequences:
+            batch = self._sampled[1]
+            batch.position[:] = [sequence.emitted for sequence in sequences]
+            return batch
+        batch = sampling_batch(sequences)
+        steady = not any(batch.banned) and not any(map(_penalizes, sequences))
+        self._sampled = (sequences, batch) if steady else None
+        return batch
 
     def _score_prompt(self, at: int, row: Row, outcome: Outcome) -> None:
         """Score the prompt tokens that the positions of `row` predict."""
