@@ -106,7 +106,7 @@ class Comparison(msgspec.Struct):
 def compare(engines: list[Chosen], works: list[str], rounds: int, threads: int) -> Comparison:
     """Measure; the first engine is the one the others are compared with. Raises `UserError`."""
     words = load_words(None)
-    done = Comparison(SCHEMA, engines[0].model, threads, rounds, facts(), [], [], [])
+    done = Comparison(SCHEMA, Path(engines[0].model).name, threads, rounds, facts(), [], [], [])
     for streams in sorted({streams_of(work) for work in works}):
         with ExitStack() as stack:
             started: list[Engine] = []
@@ -160,7 +160,7 @@ def table(done: Comparison) -> str:
     """For a terminal."""
     width = max(len(line.engine) for line in done.lines) + 2
     rows = [
-        f"{Path(done.model).name}, {done.threads} threads, medians of {done.rounds} rounds; ×: how many times better {OURS} is",
+        f"{done.model}, {done.threads} threads, medians of {done.rounds} rounds; ×: how many times better {OURS} is",
         f"{done.machine.cpu}, {done.machine.cores} cores",
         "",
     ]

@@ -135,7 +135,8 @@ def running(chosen: Chosen, threads: int, streams: int, tokenizer: Address | Non
             )
         except OSError as error:
             raise UserError(f"{chosen.name}: cannot start {command[0]}: {error.strerror}") from None
-        started = Started(chosen.name, command, version, 0.0)
+        # Where programs and models lie says nothing to another reader.
+        started = Started(chosen.name, [Path(word).name if word.startswith("/") else word for word in command], version, 0.0)
         try:
             if is_server:
                 address = Address.parse(f"http://127.0.0.1:{port}", None)

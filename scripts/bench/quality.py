@@ -159,7 +159,7 @@ def table(result: Result) -> str:
     width = max(map(len, result.engines)) + 2
     tokens = result.engines["headrace"].tokens
     lines = [
-        f"{Path(result.model).name}: {tokens} scored tokens of {result.text}",
+        f"{result.model}: {tokens} scored tokens of {result.text}",
         f"oracle (transformers, float32): perplexity {result.oracle_perplexity:.4f}",
         "",
         f"{'':{width}}{'perplexity':>11}{'excess':>11}{'mean KL':>12}{'± ':>11}{'99% KL':>12}{'same top':>10}",
@@ -194,7 +194,7 @@ def run(arguments: argparse.Namespace) -> Result:
             assert base
             engines[name] = ask_peer(name, program, arguments.model, base, arguments.chunk_tokens, arguments.threads, engines["headrace"])
     perplexity = float(np.exp(np.mean(found["headrace"].oracle_losses)))
-    return Result(SCHEMA, str(arguments.model), text, arguments.chunk_tokens, arguments.serve, perplexity, engines, facts())
+    return Result(SCHEMA, arguments.model.name, text, arguments.chunk_tokens, arguments.serve, perplexity, engines, facts())
 
 
 def main() -> int:
