@@ -13,7 +13,19 @@ from headrace.engine.scheduler.pace import Pace
 class Entry:
     """One live request, from its submission to its terminal message."""
 
-    __slots__ = ("arrived", "cached", "emitted", "logprobs", "pace", "preemptions", "prompt_logprobs", "reply_to", "sequence", "started", "submit")
+    __slots__ = (
+        "arrived",
+        "cached",
+        "emitted",
+        "logprobs",
+        "pace",
+        "preemptions",
+        "prompt_logprobs",
+        "reply_to",
+        "sequence",
+        "started",
+        "submit",
+    )
 
     def __init__(self, submit: Submit, arrived: float) -> None:
         self.submit = submit

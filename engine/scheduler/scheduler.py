@@ -424,7 +424,9 @@ class Meters:
         self._drafted = metrics.counter("headrace_draft_tokens_total", "Tokens that were drafted and verified.")
         self._accepted = metrics.counter("headrace_accepted_draft_tokens_total", "Drafted tokens that proved right.")
         self._acceptance = metrics.histogram(
-            "headrace_acceptance_length", "Tokens that a request emitted in a step in which drafts were verified.", (1, 2, 3, 4, 5, 6, 7, 8, 9)
+            "headrace_acceptance_length",
+            "Tokens that a request emitted in a step in which drafts were verified.",
+            (1, 2, 3, 4, 5, 6, 7, 8, 9),
         )
         self.step_tokens = metrics.histogram(
             "headrace_step_tokens", "Tokens computed in a step.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

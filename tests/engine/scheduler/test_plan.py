@@ -202,7 +202,9 @@ def test_a_request_goes_on_without_drafts_where_their_pages_would_cost_another_i
 def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
     pages = data.draw(st.integers(8, 40), label="pages")
     limits = Limits(data.draw(st.integers(1, 8), label="running"), data.draw(st.integers(4, 40), label="budget"))
-    trace = Trace(pages, limits, data.draw(st.booleans(), label="prefix cache"), data.draw(st.sampled_from([0, 0, 2, 5]), label="lookahead"))
+    trace = Trace(
+        pages, limits, data.draw(st.booleans(), label="prefix cache"), data.draw(st.sampled_from([0, 0, 2, 5]), label="lookahead")
+    )
     submitted: dict[int, int] = {}
     aborted = set()
     for request in range(1, data.draw(st.integers(1, 14), label="requests") + 1):
