@@ -47,6 +47,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = None
     kv_dtype: Annotated[Literal["f16", "f32", "int8"], _about("number format of keys and values in KV pages")] = "f16"
     prefix_cache: Annotated[bool, _about("keep the KV pages of finished requests for those that begin alike")] = True
+    draft: Annotated[
+        Literal["none", "ngram"],
+        _about("who guesses tokens ahead, to be verified several at a time: ngram looks them up in the text so far"),
+    ] = "none"
     max_running: Annotated[Count, _about("most requests in one step")] = 256
     max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 256
     max_waiting: Annotated[Count, _about("most queued requests; further ones get 429")] = 1024

@@ -9,6 +9,7 @@ has driven it from the caches.
 """
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -22,11 +23,11 @@ class Flat:
     starts: list[int]
     """For each row, the place of its first token in the batch."""
     picks: np.ndarray
-    """int32: the place of the last token of each row that emits."""
+    """int32: the places of the last token of each row that emits, and of its drafts."""
 
 
-def build_batch(rows: list[Row], page_size: int) -> Flat:
-    """The flat arrays of `rows`."""
+def build_batch(rows: list[Row], page_size: int, drafts: list[list[int]] | None = None) -> Flat:
+    """The flat arrays of `rows`, each with its drafts behind it if there are any."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -34,21 +35,22 @@ def build_batch(rows: list[Row], page_size: int) -> Flat:
     picks: list[int] = []
     tables: list[int] = []
     width = max([len(row.sequence.pages) for row in rows])
-    for row in rows:
+    for row, draft in zip(rows, drafts or repeat(()), strict=False):
         sequence, start = row.sequence, row.start
         pages = sequence.pages
-        if row.length == 1:
+        if row.length == 1 and not draft:
             ids.append(sequence.tokens[start])
             positions.append(start)
             slots.append(pages[start // page_size] * page_size + start % page_size)
         else:
-            places = range(start, start + row.length)
+            places = range(start, start + row.length + len(draft))
             ids += sequence.tokens[start : start + row.length]
+            ids += draft
             positions += places
             slots += [pages[place // page_size] * page_size + place % page_size for place in places]
         starts.append(len(ids))
         if row.emits:
-            picks.append(len(ids) - 1)
+            picks += range(len(ids) - 1 - len(draft), len(ids))
         tables += pages
         if len(pages) < width:
             tables += [0] * (width - len(pages))

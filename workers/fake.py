@@ -34,10 +34,13 @@ class FakeRunner:
         for row in rows:
             sequence = row.sequence
             if row.emits:
-                token = fake_token(sequence.seed, sequence.emitted, self._vocab_size)
-                outcome.tokens.append(token)
+                # As if some of the drafts that there was room for had proved right.
+                count = 1 + (sequence.seed + sequence.emitted) % (row.lookahead + 1)
+                places = range(sequence.emitted, sequence.emitted + count)
+                outcome.tokens.append([fake_token(sequence.seed, place, self._vocab_size) for place in places])
+                outcome.drafted.append(row.lookahead)
                 if sequence.sampling.logprobs is not None:
-                    outcome.logprobs.append(TokenLogprobs(sequence.request, sequence.emitted, -1.0))
+                    outcome.logprobs += [TokenLogprobs(sequence.request, place, -1.0) for place in places]
             if sequence.sampling.prompt_logprobs is not None and row.start < sequence.prompt - 1:
                 count = min(row.start + row.length, sequence.prompt - 1) - row.start
                 outcome.prompt_logprobs.append(PromptLogprobs(sequence.request, row.start + 1, [-1.0] * count, [()] * count, [()] * count))

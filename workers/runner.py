@@ -1,7 +1,10 @@
 """The runner with a model: weights, KV pages and kernels of one rank, and what a step makes of them.
 
-    rows ─▶ Batch ─▶ Program.run ─▶ hidden ─┬─▶ rows that emit ─────────▶ logits ─▶ sample ─▶ tokens
-                                            └─▶ rows of scored prompts ─▶ logits ─▶ score ──▶ prompt logprobs
+    rows, drafts ─▶ Batch ─▶ Program.run ─▶ hidden ─┬─▶ rows that emit, drafts ─▶ logits ─▶ sample ─▶ verify ─▶ tokens
+                                                    └─▶ rows of scored prompts ─▶ logits ─▶ score ──▶ prompt logprobs
+
+A draft is right if it is the token that is sampled in its place anyway. Sampling is a function of seed and position, so what is emitted
+is the same with drafts and without, greedy or not.
 
 Run as `python -m headrace.workers.runner`, one process a rank.
 """
@@ -9,6 +12,7 @@ Run as `python -m headrace.workers.runner`, one process a rank.
 import math
 import os
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +28,7 @@ from headrace.kernels.ops import Array, Backend, SamplingBatch
 from headrace.kernels.select import KernelsUnavailable, make_backend
 from headrace.workers.batch import build_batch
 from headrace.workers.cache import weights_folder, weights_version
+from headrace.workers.draft.ngram import NGram
 from headrace.workers.loader import open_checkpoint
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.families import describe
@@ -31,6 +36,9 @@ from headrace.workers.worker import Outcome, Worker, rank_of
 
 MOST_KV_BYTES = 4 << 30
 """KV pages take a quarter of the free memory, but no more than this unless the user says so."""
+
+Scores = tuple[float, list[int], list[float]]
+"""See `headrace.kernels.ops.Sampled`."""
 
 SCORED_ROWS = 64
 """Prompt positions whose logits are in memory at once."""
@@ -45,20 +53,21 @@ class ModelRunner:
         self._backend = backend
         kv = backend.new_kv(len(decoder.layers), pages, page_size, decoder.heads, kv_dtype)
         self._program = backend.compile(decoder, kv)
+        self._drafter = NGram()
         self._sampled: tuple[list[Sequence], SamplingBatch] | None = None
         """What was sampled last, if the same sequences need no more than new positions."""
 
     def step(self, rows: list[Row]) -> Outcome:
         """See `Runner.step`."""
         begun = time.perf_counter_ns()
-        flat = build_batch(rows, self.page_size)
-        emitting = [row.sequence for row in rows if row.emits]
+        drafts = [self._drafter.propose(row.sequence, row.lookahead) if row.lookahead else [] for row in rows] if _may_draft(rows) else None
+        flat = build_batch(rows, self.page_size, drafts)
         prepared = time.perf_counter_ns()
         logits = self._program.run(flat.batch, flat.picks)
         forwarded = time.perf_counter_ns()
         outcome = Outcome([])
-        if emitting:
-            self._sample(logits, emitting, outcome)
+        if len(flat.picks):
+            self._choose(logits, rows, drafts, outcome)
         for start, row in zip(flat.starts, rows, strict=True):
             if row.sequence.sampling.prompt_logprobs is not None:
                 self._score_prompt(start, row, outcome)
@@ -74,30 +83,55 @@ class ModelRunner:
             sequence.pages = [min(page, self.pages - 1) for page in range(2)]
             self.step([Row(sequence, 0, length, emits=True)])
 
-    def _sample(self, logits: Array, sequences: list[Sequence], outcome: Outcome) -> None:
-        """Choose a token for each row of logits, None where they are invalid."""
-        try:
-            sampled = self._backend.sample(logits, self._sampling_batch(sequences))
-        except FloatingPointError:
-            if len(sequences) == 1:
-                outcome.tokens.append(None)
-                return
-            for row, sequence in enumerate(sequences):
-                self._sample(logits[row : row + 1], [sequence], outcome)
-            return
-        outcome.tokens += sampled.tokens
-        for sequence, scores in zip(sequences, sampled.logprobs, strict=True):
+    def _choose(self, logits: Array, rows: list[Row], drafts: list[list[int]] | None, outcome: Outcome) -> None:
+        """Sample every row that emits, and behind it each of its drafts for as long as they are what was sampled before them."""
+        if drafts is None:
+            asked = [Asked(row.sequence) for row in rows if row.emits]
+        else:
+            asked = [
+                Asked(row.sequence, draft[:count])
+                for row, draft in zip(rows, drafts, strict=True)
+                if row.emits
+                for count in range(len(draft) + 1)
+            ]
+            outcome.drafted = [len(draft) for row, draft in zip(rows, drafts, strict=True) if row.emits]
+            self._drafter.keep({row.sequence.request for row in rows})
+        going_on = True
+        for (token, scores), (sequence, before) in zip(self._sample(logits, asked), asked, strict=True):
+            if not before:
+                outcome.tokens.append([])
+                going_on = True
+            elif going_on:
+                last = before[-1]
+                going_on = outcome.tokens[-1][-1] == last and last not in sequence.end_tokens
+            going_on = going_on and token is not None
+            if not going_on:
+                continue
+            outcome.tokens[-1].append(token)
             if scores is not None:
                 logprob, top, top_logprobs = scores
-                outcome.logprobs.append(TokenLogprobs(sequence.request, sequence.emitted, logprob, tuple(top), tuple(top_logprobs)))
+                outcome.logprobs.append(
+                    TokenLogprobs(sequence.request, sequence.emitted + len(before), logprob, tuple(top), tuple(top_logprobs))
+                )
 
-    def _sampling_batch(self, sequences: list[Sequence]) -> SamplingBatch:
+    def _sample(self, logits: Array, asked: list["Asked"]) -> list[tuple[int | None, Scores | None]]:
+        """A token and its scores for each row of logits; no token where they are invalid."""
+        try:
+            sampled = self._backend.sample(logits, self._sampling_batch(asked))
+        except FloatingPointError:
+            if len(asked) == 1:
+                return [(None, None)]
+            return [one for row in range(len(asked)) for one in self._sample(logits[row : row + 1], asked[row : row + 1])]
+        return list(zip(sampled.tokens, sampled.logprobs, strict=True))
+
+    def _sampling_batch(self, asked: list["Asked"]) -> SamplingBatch:
         """`sampling_batch`, which from one step to the next is mostly the same."""
+        sequences = [sequence for sequence, _ in asked]
         if self._sampled is not None and self._sampled[0] == sequences:
             batch = self._sampled[1]
-            batch.position[:] = [sequence.emitted for sequence in sequences]
+            batch.position[:] = [sequence.emitted + len(before) for sequence, before in asked]
             return batch
-        batch = sampling_batch(sequences)
+        batch = sampling_batch(asked)
         steady = not any(batch.banned) and not any(map(_penalizes, sequences))
         self._sampled = (sequences, batch) if steady else None
         return batch
@@ -126,9 +160,17 @@ class ModelRunner:
             )
 
 
-def sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
-    """The sampling parameters of `sequences`, as columns."""
-    parameters = [sequence.sampling for sequence in sequences]
+class Asked(NamedTuple):
+    """A row of logits from which a token is to be chosen: that after the sequence's own, and after drafts taken for emitted."""
+
+    sequence: Sequence
+    before: list[int] | tuple[()] = ()
+
+
+def sampling_batch(asked: list[Asked]) -> SamplingBatch:
+    """The sampling parameters of rows of logits, as columns."""
+    parameters = [sequence.sampling for sequence, _ in asked]
+    position = [sequence.emitted + len(before) for sequence, before in asked]
     return SamplingBatch(
         temperature=[one.temperature for one in parameters],
         top_k=[one.top_k for one in parameters],
@@ -137,14 +179,21 @@ def sampling_batch(sequences: list[Sequence]) -> SamplingBatch:
         repetition_penalty=[one.repetition_penalty for one in parameters],
         presence_penalty=[one.presence_penalty for one in parameters],
         frequency_penalty=[one.frequency_penalty for one in parameters],
-        seed=[sequence.seed for sequence in sequences],
-        position=[sequence.emitted for sequence in sequences],
+        seed=[sequence.seed for sequence, _ in asked],
+        position=position,
         logit_bias=[one.logit_bias for one in parameters],
-        banned=[tuple(sequence.end_tokens) if sequence.emitted < sequence.sampling.min_tokens else () for sequence in sequences],
-        prompt=[sequence.tokens[: sequence.prompt] if sequence.sampling.repetition_penalty != 1 else () for sequence in sequences],
-        output=[sequence.tokens[sequence.prompt :] if _penalizes(sequence) else () for sequence in sequences],
+        banned=[
+            tuple(sequence.end_tokens) if place < sequence.sampling.min_tokens else ()
+            for (sequence, _), place in zip(asked, position, strict=True)
+        ],
+        prompt=[sequence.tokens[: sequence.prompt] if sequence.sampling.repetition_penalty != 1 else () for sequence, _ in asked],
+        output=[[*sequence.tokens[sequence.prompt :], *before] if _penalizes(sequence) else () for sequence, before in asked],
         logprobs=[one.logprobs for one in parameters],
     )
+
+
+def _may_draft(rows: list[Row]) -> bool:
+    return any(row.lookahead for row in rows)
 
 
 def _penalizes(sequence: Sequence) -> bool:

@@ -22,10 +22,12 @@ from headrace.engine.process import Process
 
 @dataclass(slots=True)
 class Outcome:
-    """What a runner made of the rows of a step. `tokens` has one token for each row that emits, in the order of the rows; None for one
-    whose logits are invalid, which ends that request and no other."""
+    """What a runner made of the rows of a step. `tokens` has those of each row that emits, in the order of the rows: one, and one more
+    for each draft that proved right; none for a row whose logits are invalid, which ends that request and no other."""
 
-    tokens: list[int | None]
+    tokens: list[list[int]]
+    drafted: list[int] = field(default_factory=list)
+    """How many tokens were drafted for each of these rows; empty if none were for any."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     prepare_ns: int = 0
@@ -40,7 +42,8 @@ class Runner(Protocol):
     page_size: int
 
     def step(self, rows: list[Row]) -> Outcome:
-        """Compute every row: write its keys and values to its sequence's pages, and sample where `row.emits`."""
+        """Compute every row: write its keys and values to its sequence's pages, and sample where `row.emits`. Up to `row.lookahead` drafts
+        may be verified behind it."""
         ...
 
 
@@ -89,8 +92,8 @@ class Worker:
             rank=self._rank,
             digest=digest,
             requests=emitting,
-            counts=[0 if token is None else 1 for token in outcome.tokens],
-            tokens=[token for token in outcome.tokens if token is not None],
+            counts=[len(tokens) for tokens in outcome.tokens],
+            tokens=[token for tokens in outcome.tokens for token in tokens],
             logprobs=outcome.logprobs,
             prompt_logprobs=outcome.prompt_logprobs,
             times=StepTimes(
@@ -99,6 +102,7 @@ class Worker:
                 sample=outcome.sample_ns,
                 total=time.perf_counter_ns() - begun,
             ),
+            drafted=outcome.drafted,
         )
         self._process.send(SCHEDULER, result)
         ledger.commit(result)

@@ -4,7 +4,7 @@ Every worker rank and the scheduler hold one. Each applies `Plan k`, then commit
 tables follow, and nothing else decides them. A digest over every page that changed hands shows whether two ledgers agree.
 
     apply(plan)      abort ─ preempt ─ admit ─ for each that runs: match the cache, take pages ──▶ rows to compute
-    commit(result)   for each row: full pages enter the tree, emitted tokens are appended, ended requests are released
+    commit(result)   for each row: emitted tokens are appended, full pages enter the tree, ended requests are released
 
 Because a commit comes only after the step's computation, and the next plan only after it, no page is ever freed under a step that
 reads it.
@@ -33,6 +33,8 @@ class Row:
     length: int
     emits: bool
     """Whether a token is sampled at the end of the row."""
+    lookahead: int = 0
+    """How many further positions have pages: those of tokens that may be drafted and verified behind the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +94,14 @@ class Ledger:
             self._events.extend((1, admit.request & 0x7FFFFFFFFFFFFFFF))
         # All matches come before any eviction, so that no row of this plan evicts what a later one counts on.
         starting = [
-            (self._sequence(request), length)
-            for request, length in zip(plan.run, plan.lengths, strict=True)
+            (self._sequence(request), length, lookahead)
+            for request, length, lookahead in zip(plan.run, plan.lengths, plan.lookahead or [0] * len(plan.run), strict=True)
             if not plan.ahead or request in self.sequences
         ]
-        for sequence, _ in starting:
+        for sequence, _, _ in starting:
             if not sequence.pages:
                 self._match(sequence)
-        self._rows = [self._grow(sequence, length) for sequence, length in starting]
+        self._rows = [self._grow(sequence, length, lookahead) for sequence, length, lookahead in starting]
         self._seal()
         return self._rows
 
@@ -114,15 +116,17 @@ class Ledger:
         for row in rows:
             sequence = row.sequence
             sequence.computed += row.length
-            if sequence.computed // self.page_size > len(sequence.nodes):
-                self._publish(sequence)
             if row.emits:
                 request, count = next(emitting, (None, 0))
                 if request != sequence.request:
                     raise LedgerError(f"result {result.step} has tokens of {request}, those of {sequence.request} were due")
+                if count > row.lookahead + 1:
+                    raise LedgerError(f"result {result.step} has {count} tokens of {request}, which had room for {row.lookahead + 1}")
                 # A row that was to emit and did not has failed: the model gave nothing to choose from.
                 reason = None if count else "error"
                 for token in result.tokens[position : position + count]:
+                    # The row's own last token gave the first; each further one was a draft, which is computed by now.
+                    sequence.computed = len(sequence.tokens)
                     sequence.tokens.append(token)
                     self._events.append(token)
                     if reason := sequence.ends_with(token):
@@ -130,6 +134,8 @@ class Ledger:
                 position += count
             else:
                 reason = "length" if sequence.remaining == 0 else None
+            if sequence.computed // self.page_size > len(sequence.nodes):
+                self._publish(sequence)
             if reason:
                 ended.append(Ended(sequence, reason))
                 self.release(sequence.request)
@@ -202,19 +208,21 @@ class Ledger:
         sequence.computed = sequence.cached = len(path) * self.page_size
         self._events.extend(sequence.pages)
 
-    def _grow(self, sequence: Sequence, length: int) -> Row:
-        """Make room for `length` more tokens."""
+    def _grow(self, sequence: Sequence, length: int, lookahead: int) -> Row:
+        """Make room for `length` more tokens, and for as many drafts behind them as the request could still emit."""
         start = sequence.computed
         if not 0 < length <= len(sequence.tokens) - start:
             raise LedgerError(f"{length} tokens to compute of request {sequence.request:x}, which has {sequence.remaining}")
         end = start + length
+        emits = end == len(sequence.tokens) and sequence.max_tokens > 0
+        lookahead = min(lookahead, sequence.max_tokens - sequence.emitted - 1) if emits else 0
         pages = sequence.pages
-        while len(pages) * self.page_size < end:
+        while len(pages) * self.page_size < end + lookahead:
             page = self._take()
             pages.append(page)
             self._events.append(page)
         sequence.last_run = self.step
-        return Row(sequence, start, length, end == len(sequence.tokens) and sequence.max_tokens > 0)
+        return Row(sequence, start, length, emits, lookahead)
 
     def _take(self) -> int:
         if len(self.pool):

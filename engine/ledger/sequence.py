@@ -18,6 +18,7 @@ class Sequence:
         "computed",
         "end_tokens",
         "last_run",
+        "lookahead",
         "max_tokens",
         "nodes",
         "pages",
@@ -45,6 +46,8 @@ class Sequence:
         """Tokens that the prefix cache gave when it last started from nothing."""
         self.last_run = -1
         """Step that last computed some of it."""
+        self.lookahead = 0
+        """How many drafts a step should verify behind its next token: the scheduler's wish, which no ledger reads."""
         self._chain: list[int] = []
         self.nodes: list[Node] = []
         self.pages: list[int] = []

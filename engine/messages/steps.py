@@ -62,6 +62,8 @@ class Plan(Message):
     """How many of its tokens each computes."""
     ahead: bool = False
     """Written before the result of the step before was known: requests that this ended are passed over."""
+    lookahead: list[int] = []
+    """How many drafted tokens each may have verified behind its own, where any may."""
 
 
 class StepTimes(Message):
@@ -77,7 +79,7 @@ class StepResult(Message):
     """What a step computed: the sampled tokens of the requests whose known tokens are all computed.
 
     `requests`, `counts` and `tokens` are columns: request i emitted `counts[i]` tokens, which lie one after the other in
-    `tokens`. Without speculation every count is 1, or 0 for a request that failed because its logits were invalid.
+    `tokens`. A count is one more than the drafts that proved right, or 0 for a request that failed because its logits were invalid.
     """
 
     epoch: int
@@ -91,6 +93,8 @@ class StepResult(Message):
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[PromptLogprobs]
     times: StepTimes
+    drafted: list[int] = []
+    """How many tokens were drafted for each of `requests`, where any were."""
 
 
 ToWorker = Hello | Begin | Plan

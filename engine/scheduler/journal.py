@@ -7,12 +7,25 @@ happens to a worker, the journal gives the same continuation.
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.steps import Admit
 from headrace.engine.messages.tokens import PromptLogprobs, Submit, TokenEnd, TokenLogprobs
+from headrace.engine.scheduler.pace import Pace
 
 
 class Entry:
     """One live request, from its submission to its terminal message."""
 
-    __slots__ = ("arrived", "cached", "emitted", "logprobs", "preemptions", "prompt_logprobs", "reply_to", "sequence", "started", "submit")
+    __slots__ = (
+        "arrived",
+        "cached",
+        "emitted",
+        "logprobs",
+        "pace",
+        "preemptions",
+        "prompt_logprobs",
+        "reply_to",
+        "sequence",
+        "started",
+        "submit",
+    )
 
     def __init__(self, submit: Submit, arrived: float) -> None:
         self.submit = submit
@@ -27,6 +40,7 @@ class Entry:
         """When a step first ran it, monotonic seconds."""
         self.cached = 0
         self.preemptions = 0
+        self.pace = Pace()
         self.sequence: Sequence | None = None
         """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs."""
 

@@ -2,7 +2,7 @@
 
 There is no prefill and no decode, only sequences with tokens still to be computed. Those with one such token come first, for they are
 what users see moving; the rest of the step's token budget goes to longer ones in chunks, then to newcomers. When decodes alone
-could eat the budget, a quarter of it stays with the others.
+could eat the budget, a quarter of it stays with the others. Drafts are verified out of the decodes' part, shared evenly.
 
 Pages: a newcomer is admitted when all its known tokens fit beside what earlier prefills still need. Decodes grow into what is
 left; when nothing is, the request that was admitted last gives up its pages and waits again (its computed prefix stays cached as
@@ -34,6 +34,8 @@ class Decision:
     preempt: list[Sequence] = field(default_factory=list)
     start: list[Sequence] = field(default_factory=list)
     run: list[tuple[Sequence, int]] = field(default_factory=list)
+    lookahead: list[int] = field(default_factory=list)
+    """For those of `run`, in their order: how many drafts each may have verified."""
 
 
 def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], limits: Limits) -> Decision:
@@ -69,18 +71,24 @@ def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], l
                 return False
         return True
 
+    spare = _spare(decode_budget, len(decodes))
     order = {sequence.request: place for place, sequence in enumerate(running)} if len(decodes) != len(running) else None
     if order:
         decodes.sort(key=lambda sequence: order[sequence.request])
     for sequence in decodes:
         if sequence.request in preempted:
             continue
-        if sequence.computed == len(sequence.pages) * ledger.page_size:
-            if available < 1 and not make_room(sequence, 1):
+        lookahead = _lookahead(sequence, spare, 1)
+        pages = ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages)
+        if pages > available:
+            lookahead = 0
+            pages = ledger.pages_for(sequence.computed + 1) - len(sequence.pages)
+            if pages > available and not make_room(sequence, pages):
                 continue
-            available -= 1
-        budget -= 1
+        available -= max(0, pages)
+        budget -= 1 + lookahead
         decision.run.append((sequence, 1))
+        decision.lookahead.append(lookahead)
 
     for sequence in prefills:
         if sequence.request in preempted or budget == 0:
@@ -96,23 +104,44 @@ def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], l
             available -= ledger.pages_for(sequence.computed + length) - len(sequence.pages)
             budget -= length
             decision.run.append((sequence, length))
+            decision.lookahead.append(0)
 
     if waiting and budget and not decision.preempt:
         _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget)
     return decision
 
 
-def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence]) -> list[Sequence]:
-    """The sequences of a step in flight that compute one more token each in the next one, whatever the step's result may be.
+def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], limits: Limits) -> Decision:
+    """What runs after a step in flight, whatever its result may be: its sequences, with one more token each.
 
-    `rows` are those of the step, `running` all sequences with pages. Empty when the next step cannot be known yet: something else than
-    decoding goes on, or pages could run out. A sequence that its next token ends by an end token is among them all the same.
+    `rows` are those of the step, `running` all sequences with pages. Nothing when the next step cannot be known yet: something else than
+    decoding goes on, or pages could run out even if every draft in flight proves right. A sequence that the step may end is among them
+    all the same, unless its next token is sure to be the last.
     """
+    decision = Decision()
     if len(rows) != len(running) or not all(row.emits for row in rows):
-        return []
+        return decision
     going_on = [row for row in rows if row.sequence.emitted + 1 < row.sequence.max_tokens]
-    pages = sum(row.start + row.length == len(row.sequence.pages) * ledger.page_size for row in going_on)
-    return [row.sequence for row in going_on] if pages <= ledger.available else []
+    spare = _spare(limits.max_step_tokens, len(going_on))
+    available = ledger.available
+    for row in going_on:
+        sequence = row.sequence
+        lookahead = _lookahead(sequence, spare, 2)
+        known = row.start + row.length + row.lookahead + 1
+        available -= max(0, ledger.pages_for(known + lookahead) - len(sequence.pages))
+        decision.run.append((sequence, 1))
+        decision.lookahead.append(lookahead)
+    return decision if available >= 0 else Decision()
+
+
+def _spare(budget: int, decodes: int) -> int:
+    """Tokens of the budget that each decode may have for drafts."""
+    return max(0, budget - decodes) // max(1, decodes)
+
+
+def _lookahead(sequence: Sequence, spare: int, coming: int) -> int:
+    """Drafts to verify in a step by whose end at least `coming` more tokens will have been emitted."""
+    return max(0, min(sequence.lookahead, spare, sequence.max_tokens - sequence.emitted - coming))
 
 
 def _admit(
@@ -153,6 +182,7 @@ def _admit(
         coming.update(sequence.chain(size)[len(path) :])
         decision.start.append(sequence)
         decision.run.append((sequence, length))
+        decision.lookahead.append(0)
 
 
 def _pages_to_start(ledger: Ledger, sequence: Sequence) -> int:

@@ -46,6 +46,7 @@ class Scheduler:
         self._process = process
         self._limits = Limits(config.max_running, config.max_step_tokens)
         self._max_waiting = config.max_waiting
+        self._drafts = config.draft != "none"
         self._ranks = Ranks(worker_names(config))
         self._journal = Journal()
         self._epoch = process.incarnation << 20
@@ -209,6 +210,7 @@ class Scheduler:
             admit=[self._entry(sequence.request).admit() for sequence in decision.start if sequence.request not in ledger.sequences],
             run=[sequence.request for sequence, _ in decision.run],
             lengths=[length for _, length in decision.run],
+            lookahead=decision.lookahead if any(decision.lookahead) else [],
         )
         self._aborts = []
         self._put_in_flight(message, ledger)
@@ -225,11 +227,12 @@ class Scheduler:
 
     def _look_ahead(self, ledger: Ledger) -> None:
         """Send the plan after the one in flight, if its result cannot change it."""
-        going_on = plan_ahead(ledger, self._rows, self._running)
-        if not going_on:
+        decision = plan_ahead(ledger, self._rows, self._running, self._limits)
+        if not decision.run:
             return
-        run = [sequence.request for sequence in going_on]
-        self._ahead = Plan(self._epoch, ledger.step + 1, 0, [], [], [], run, [1] * len(run), ahead=True)
+        run = [sequence.request for sequence, _ in decision.run]
+        lookahead = decision.lookahead if any(decision.lookahead) else []
+        self._ahead = Plan(self._epoch, ledger.step + 1, 0, [], [], [], run, [1] * len(run), ahead=True, lookahead=lookahead)
         for name in self._ranks.names:
             self._process.send(name, self._ahead)
 
@@ -243,6 +246,8 @@ class Scheduler:
         """A waiting request has its pages."""
         entry = self._entry(sequence.request)
         entry.sequence = sequence
+        if self._drafts:
+            sequence.lookahead = entry.pace.lookahead
         entry.cached = max(entry.cached, min(sequence.cached, sequence.prompt))
         if entry.started is None:
             entry.started = now
@@ -278,12 +283,24 @@ class Scheduler:
         self._in_flight, ahead, self._ahead = None, self._ahead, None
         self._meters.step(result)
         self._last_step = now
+        if self._drafts:
+            self._count_drafts(result, ledger)
         self._hand_out(result, ended, now)
         if ahead is not None:
             self._put_in_flight(ahead, ledger)
             early, self._early = self._early, []
             for other in early:
                 self._take_result(other)
+
+    def _count_drafts(self, result: StepResult, ledger: Ledger) -> None:
+        """Learn from what became of the drafts how many to ask for."""
+        for request, count, drafted in zip(result.requests, result.counts, result.drafted or [0] * len(result.counts), strict=True):
+            accepted = max(0, count - 1)
+            self._meters.drafts(drafted, accepted)
+            if entry := self._journal.get(request):
+                entry.pace.verified(drafted, accepted)
+                if sequence := ledger.sequences.get(request):
+                    sequence.lookahead = entry.pace.lookahead
 
     def _agrees(self, result: StepResult) -> bool:
         """Whether the rank's ledger was the mirror in that step. If not, its epoch is over."""
@@ -308,6 +325,7 @@ class Scheduler:
                     outgoing.index.append(len(emitted))
                     outgoing.tokens.append(token)
                     emitted.append(token)
+                self._meters.emitted_tokens.add(count_taken)
             position += count
         for scores in result.logprobs:
             if entry := journal.get(scores.request):
@@ -317,7 +335,6 @@ class Scheduler:
             if entry := journal.get(scores.request):
                 entry.prompt_logprobs.append(scores)
                 self._outgoing_for(entry.reply_to).prompt_logprobs.append(scores)
-        self._meters.emitted_tokens.add(len(result.tokens))
         if ended:
             for request, end in ended.items():
                 if entry := journal.close(request):
@@ -404,6 +421,13 @@ class Meters:
         self.prompt_tokens = metrics.counter("headrace_prompt_tokens_total", "Prompt tokens of requests that were started.")
         self.cached_tokens = metrics.counter("headrace_prefix_hit_tokens_total", "Prompt tokens that the prefix cache gave.")
         self.emitted_tokens = metrics.counter("headrace_generated_tokens_total", "Tokens emitted.")
+        self._drafted = metrics.counter("headrace_draft_tokens_total", "Tokens that were drafted and verified.")
+        self._accepted = metrics.counter("headrace_accepted_draft_tokens_total", "Drafted tokens that proved right.")
+        self._acceptance = metrics.histogram(
+            "headrace_acceptance_length",
+            "Tokens that a request emitted in a step in which drafts were verified.",
+            (1, 2, 3, 4, 5, 6, 7, 8, 9),
+        )
         self.step_tokens = metrics.histogram(
             "headrace_step_tokens", "Tokens computed in a step.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
         )
@@ -418,6 +442,12 @@ class Meters:
     def step(self, result: StepResult) -> None:
         self._step_time.observe(result.times.total * 1e-9)
         self._forward_time.observe(result.times.forward * 1e-9)
+
+    def drafts(self, drafted: int, accepted: int) -> None:
+        if drafted:
+            self._drafted.add(drafted)
+            self._accepted.add(accepted)
+            self._acceptance.observe(accepted + 1)
 
     def ended(self, reason: str) -> None:
         self._metrics.counter("headrace_requests_ended_total", "Requests that ended, by reason.", labels=(("reason", reason),)).add()

@@ -30,11 +30,18 @@ class PacedRunner:
     def step(self, rows: list[Row]) -> Outcome:
         time.sleep(STEP_S)
         outcome = Outcome([])
-        for sequence in (row.sequence for row in rows if row.emits):
-            known = zlib.crc32(array("i", sequence.tokens).tobytes())
-            outcome.tokens.append(fake_token(sequence.seed ^ known, sequence.emitted, self._vocab_size))
-            if sequence.sampling.logprobs is not None:
-                outcome.logprobs.append(TokenLogprobs(sequence.request, sequence.emitted, -known / 2**32))
+        for row in rows:
+            if not row.emits:
+                continue
+            sequence, tokens = row.sequence, list(row.sequence.tokens)
+            # As if some of the drafts that there was room for had proved right.
+            for place in range(sequence.emitted, sequence.emitted + 1 + (sequence.seed + sequence.emitted) % (row.lookahead + 1)):
+                known = zlib.crc32(array("i", tokens).tobytes())
+                tokens.append(fake_token(sequence.seed ^ known, place, self._vocab_size))
+                if sequence.sampling.logprobs is not None:
+                    outcome.logprobs.append(TokenLogprobs(sequence.request, place, -known / 2**32))
+            outcome.tokens.append(tokens[len(sequence.tokens) :])
+            outcome.drafted.append(row.lookahead)
         return outcome
 
 

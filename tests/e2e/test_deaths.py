@@ -89,9 +89,11 @@ async def test_streams_survive_the_death_of_every_process_behind_the_server_in_t
         await undisturbed_then_killed(served, ("worker-0", "tokenizer-0", "scheduler", "worker-0"), 16, 1200)
 
 
-async def test_streams_survive_the_death_of_every_process_behind_the_server_at_once():
-    with Served(PACED, tokenizers=2) as served:
-        await undisturbed_then_killed(served, ("worker-0", "tokenizer-0", "tokenizer-1", "scheduler"), 16, 120, at_once=True)
+@pytest.mark.parametrize(("draft", "tokens"), [("none", 120), ("ngram", 600)])
+async def test_streams_survive_the_death_of_every_process_behind_the_server_at_once(draft, tokens):
+    with Served(PACED, tokenizers=2, draft=draft) as served:
+        await undisturbed_then_killed(served, ("worker-0", "tokenizer-0", "tokenizer-1", "scheduler"), 16, tokens, at_once=True)
+        assert (served.metric("headrace_accepted_draft_tokens_total") > 0) == (draft == "ngram")
 
 
 @pytest.mark.slow

@@ -137,10 +137,28 @@ async def test_in_another_engine_with_small_steps_few_pages_and_one_thread_all_i
         other.until_empty()
 
 
+async def test_drafts_change_no_answer_and_spare_steps(served, alone):
+    again = "one two three four five six seven eight nine ten, " * 4
+    repeating = [
+        {"prompt": again, "max_tokens": 60, "temperature": 0, "logprobs": 2},
+        {"prompt": again, "max_tokens": 40, "temperature": 0.7, "seed": 5, "logprobs": 0},
+        {"prompt": again, "max_tokens": 40, "temperature": 0, "frequency_penalty": 0.1, "stop": ["nine ten, one two"]},
+        {"messages": [{"role": "user", "content": f"Repeat this: {again}"}], "max_tokens": 60, "temperature": 0, "logprobs": True},
+    ]
+    plain = [(await run(served.url, served.model, [request]))[0] for request in repeating]
+    with Served(REAL, threads=2, draft="ngram") as other:
+        assert differences([(await run(other.url, other.model, [request]))[0] for request in repeating], plain) == {}
+        drafted, accepted = (other.metric(f"headrace_{name}_total") for name in ("draft_tokens", "accepted_draft_tokens"))
+        assert drafted >= accepted > 60
+        assert differences(await run(other.url, other.model, repeating + company()), plain + alone) == {}
+        other.until_empty()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
+        {"draft": "ngram"} | FEW_PAGES,
         {"threads": 1},
         {"threads": 3},
         {"max_step_tokens": 17},

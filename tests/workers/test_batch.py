@@ -12,7 +12,7 @@ from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.kernels.ops import Sampled, SamplingBatch
 from headrace.workers.batch import build_batch
-from headrace.workers.runner import ModelRunner, sampling_batch
+from headrace.workers.runner import Asked, ModelRunner, sampling_batch
 
 PAGE = 8
 
@@ -34,9 +34,11 @@ def rows(draw) -> list[Row]:
     return made
 
 
-@given(rows())
-def test_every_token_has_its_id_place_and_slot(rows):
-    flat = build_batch(rows, PAGE)
+@given(rows(), st.randoms(use_true_random=False))
+def test_every_token_and_every_draft_has_its_id_place_and_slot(rows, dice):
+    room = [len(row.sequence.pages) * PAGE - row.start - row.length if row.emits else 0 for row in rows]
+    drafts = [[9000 + place for place in range(dice.randint(0, min(4, most)))] for most in room]
+    flat = build_batch(rows, PAGE, drafts if any(drafts) else None)
     batch = flat.batch
     for field in fields(batch):
         array = getattr(batch, field.name)
@@ -46,14 +48,20 @@ def test_every_token_has_its_id_place_and_slot(rows):
         sequence = row.sequence
         assert flat.starts[index] == at == batch.query_start[index]
         assert batch.pages[index].tolist() == sequence.pages + [0] * (batch.pages.shape[1] - len(sequence.pages))
-        for place in range(row.start, row.start + row.length):
-            assert batch.ids[at] == sequence.tokens[place]
+        end = row.start + row.length
+        for place in range(row.start, end + len(drafts[index])):
+            assert batch.ids[at] == (sequence.tokens[place] if place < end else drafts[index][place - end])
             assert batch.positions[at] == place
             assert batch.slots[at] == sequence.pages[place // PAGE] * PAGE + place % PAGE
             at += 1
     assert len(flat.starts) == len(rows)
     assert batch.query_start[-1] == at == len(batch.ids) == len(batch.positions) == len(batch.slots)
-    assert flat.picks.tolist() == [int(batch.query_start[index + 1]) - 1 for index, row in enumerate(rows) if row.emits]
+    assert flat.picks.tolist() == [
+        int(batch.query_start[index + 1]) - 1 - behind
+        for index, row in enumerate(rows)
+        if row.emits
+        for behind in range(len(drafts[index]), -1, -1)
+    ]
 
 
 class Recording:
@@ -101,7 +109,7 @@ def test_what_the_sampler_is_asked_is_the_same_as_if_it_were_written_anew_in_eve
         sequence.pages = [1, 2, 3, 4]
     asked = []
     for running in [sequences] * 6 + [sequences[:1]] * 2 + [sequences] * 3:
-        asked.append(sampling_batch(running))
+        asked.append(sampling_batch([Asked(sequence) for sequence in running]))
         runner.step([Row(sequence, len(sequence.tokens) - 1, 1, True) for sequence in running])
         expected = {field.name: [*getattr(asked[-1], field.name)] for field in fields(SamplingBatch)}
         assert backend.asked[-1] == expected

@@ -20,8 +20,9 @@ def admit(request: int, prompt: list[int], max_tokens: int = 8, **sampling) -> A
     return Admit(request, prompt, [], Sampling(max_tokens=max_tokens, **sampling), seed=request)
 
 
-def plan_of(ledger: Ledger, run: dict[int, int], admits=(), abort=(), preempt=()) -> Plan:
-    return Plan(1, ledger.step, ledger.digest, list(abort), list(preempt), list(admits), list(run), list(run.values()))
+def plan_of(ledger: Ledger, run: dict[int, int], admits=(), abort=(), preempt=(), lookahead=()) -> Plan:
+    lists = [list(one) for one in (abort, preempt, admits, run, run.values())]
+    return Plan(1, ledger.step, ledger.digest, *lists, lookahead=list(lookahead))
 
 
 def step(ledger: Ledger, run: dict[int, int], admits=(), abort=(), preempt=(), token=lambda request, index: 5):
@@ -128,6 +129,52 @@ def test_without_a_prefix_cache_nothing_is_kept():
     assert len(ledger.pool) == 32
 
 
+def verify(ledger: Ledger, tokens: list[int], lookahead: int, request: int = 1):
+    """A step in which `tokens` are emitted, all but the last of which were drafted."""
+    (row,) = ledger.apply(plan_of(ledger, {request: 1}, lookahead=[lookahead]))
+    ledger.check()
+    times = StepTimes(0, 0, 0, 0)
+    ended = ledger.commit(StepResult(1, ledger.step, 0, ledger.digest, [request], [len(tokens)], tokens, [], [], times))
+    ledger.check()
+    return row, ended
+
+
+def test_right_drafts_count_as_computed_and_wrong_ones_leave_no_trace():
+    ledger = Ledger(begin())
+    step(ledger, {1: 6}, [admit(1, list(range(6)), max_tokens=20)])
+    sequence = ledger.sequences[1]
+    row, _ = verify(ledger, [10, 11, 12], lookahead=4)
+    assert (row.start, row.length, row.lookahead) == (6, 1, 4)
+    assert sequence.tokens == [*range(6), 5, 10, 11, 12]
+    assert sequence.computed == 9, "the last token is yet to be computed"
+    assert [len(sequence.pages), len(sequence.nodes)] == [3, 2], "positions 6 to 10 had pages, two pages are full"
+    verify(ledger, [13], lookahead=4)
+    assert sequence.computed == 10
+
+
+def test_what_was_drafted_behind_an_end_token_is_not_emitted():
+    ledger = Ledger(begin())
+    step(ledger, {1: 3}, [admit(1, [1, 2, 3], max_tokens=20)])
+    _, ended = verify(ledger, [7, END, 8], lookahead=4)
+    assert [(end.sequence.tokens[3:], end.reason) for end in ended] == [([5, 7, END], "stop")]
+    assert ledger.available == 32
+
+
+def test_a_row_has_room_for_no_more_drafts_than_its_request_may_still_emit():
+    ledger = Ledger(begin())
+    step(ledger, {1: 3}, [admit(1, [1, 2, 3], max_tokens=4)])
+    row, ended = verify(ledger, [6, 7, 8], lookahead=9)
+    assert row.lookahead == 2
+    assert [end.reason for end in ended] == ["length"]
+
+
+def test_more_tokens_than_there_was_room_for_are_refused():
+    ledger = Ledger(begin())
+    step(ledger, {1: 3}, [admit(1, [1, 2, 3])])
+    with pytest.raises(LedgerError, match="3 tokens of 1, which had room for 2"):
+        verify(ledger, [6, 7, 8], lookahead=1)
+
+
 def test_release_is_idempotent():
     ledger = Ledger(begin())
     step(ledger, {1: 9}, [admit(1, list(range(9)))])
@@ -191,16 +238,23 @@ def test_any_trace_keeps_every_invariant_and_two_ledgers_alike(data, pages, pref
             if need <= budget and not abort and not preempt:
                 budget -= need
                 run[one.request] = data.draw(st.integers(1, tokens - len(path) * PAGE))
-        plan = plan_of(ledger, run, admits, abort, preempt)
+        lookahead = []
+        for request in run:
+            sequence = ledger.sequences.get(request)
+            # Drafts of at most a page, if there is one to spare.
+            most = PAGE if sequence is not None and run[request] == sequence.remaining and budget > 0 else 0
+            budget -= most > 0
+            lookahead.append(data.draw(st.integers(0, most), label="lookahead"))
+        plan = plan_of(ledger, run, admits, abort, preempt, lookahead)
         rows = ledger.apply(plan)
         twin.apply(plan)
         ledger.check()
         assert twin.digest == ledger.digest
-        emitting = [row.sequence for row in rows if row.emits]
-        tokens = [data.draw(st.sampled_from([0, 1, 2, END])) for _ in emitting]
-        result = StepResult(
-            1, ledger.step, 0, ledger.digest, [s.request for s in emitting], [1] * len(tokens), tokens, [], [], StepTimes(0, 0, 0, 0)
-        )
+        emitting = [row for row in rows if row.emits]
+        counts = [data.draw(st.integers(0, 1 + row.lookahead), label="count") for row in emitting]
+        tokens = [data.draw(st.sampled_from([0, 1, 2, END])) for _ in range(sum(counts))]
+        requests = [row.sequence.request for row in emitting]
+        result = StepResult(1, ledger.step, 0, ledger.digest, requests, counts, tokens, [], [], StepTimes(0, 0, 0, 0))
         ledger.commit(result)
         twin.commit(result)
         ledger.check()

@@ -15,9 +15,10 @@ PAGE = 4
 class Trace:
     """A scheduler's queues and ledger, without its process: applies what plan() decides."""
 
-    def __init__(self, pages: int, limits: Limits, prefix_cache: bool = True) -> None:
+    def __init__(self, pages: int, limits: Limits, prefix_cache: bool = True, lookahead: int = 0) -> None:
         self.ledger = Ledger(Begin(1, pages, PAGE, (), prefix_cache))
         self.limits = limits
+        self.lookahead = lookahead
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.admits: dict[int, Admit] = {}
@@ -43,7 +44,7 @@ class Trace:
     def step(self) -> Decision:
         ledger = self.ledger
         decision = self.decide()
-        assert sum(length for _, length in decision.run) <= self.limits.max_step_tokens
+        assert sum(length for _, length in decision.run) + sum(decision.lookahead) <= self.limits.max_step_tokens
         message = Plan(
             1,
             ledger.step,
@@ -53,6 +54,7 @@ class Trace:
             [self.admits[s.request] for s in decision.start if s.request not in ledger.sequences],
             [s.request for s, _ in decision.run],
             [length for _, length in decision.run],
+            lookahead=decision.lookahead,
         )
         self.aborts = []
         rows = ledger.apply(message)
@@ -63,12 +65,20 @@ class Trace:
         for sequence in decision.start:
             self.waiting.remove(sequence)
             self.running.append(ledger.sequences[sequence.request])
+            self.running[-1].lookahead = self.lookahead
         self.running.sort(key=lambda s: s.request)
         assert len(self.running) <= self.limits.max_running
-        emitting = [row.sequence for row in rows if row.emits]
-        tokens = [hash((s.request, s.emitted)) % 3 for s in emitting]
+        emitting = [row for row in rows if row.emits]
+        # Of the drafts there was room for, as many prove right as it happens.
+        counts = [1 + hash((row.sequence.request, self.steps)) % (row.lookahead + 1) for row in emitting]
+        tokens = [
+            hash((row.sequence.request, row.sequence.emitted + place)) % 3
+            for row, count in zip(emitting, counts, strict=True)
+            for place in range(count)
+        ]
         times = StepTimes(0, 0, 0, 0)
-        result = StepResult(1, ledger.step, 0, ledger.digest, [s.request for s in emitting], [1] * len(tokens), tokens, [], [], times)
+        requests = [row.sequence.request for row in emitting]
+        result = StepResult(1, ledger.step, 0, ledger.digest, requests, counts, tokens, [], [], times)
         for end in ledger.commit(result):
             sequence = end.sequence
             self.finished[sequence.request] = sequence.tokens[sequence.prompt :]
@@ -154,12 +164,47 @@ def test_a_prompt_that_fills_every_page_and_asks_for_no_token_is_served():
     assert trace.finished == {1: []}
 
 
+def test_drafts_share_what_the_decodes_leave_of_their_part_of_the_budget():
+    trace = Trace(256, Limits(32, 16), lookahead=8)
+    for request in range(1, 4):
+        trace.submit(request, [request], 100)
+    trace.step()
+    assert trace.step().lookahead == [4, 4, 4], "16 tokens for 3 requests"
+    trace.submit(9, [5] * 40, 2)
+    decision = trace.step()
+    assert decision.lookahead == [3, 3, 3, 0], "a quarter of the 16 is the newcomer's"
+
+
+def test_no_more_is_drafted_than_a_request_may_still_emit():
+    trace = Trace(256, Limits(32, 64), lookahead=8)
+    trace.submit(1, [1], 5)
+    drafted = []
+    while trace.waiting or trace.running:
+        left = 5 - (trace.running[0].emitted if trace.running else 0)
+        drafted.append((left, trace.step().lookahead))
+    assert all(lookahead[0] < left for left, lookahead in drafted)
+    assert len(trace.finished[1]) == 5
+
+
+def test_a_request_goes_on_without_drafts_where_their_pages_would_cost_another_its_own():
+    trace = Trace(4, Limits(8, 64), prefix_cache=False, lookahead=8)
+    trace.submit(1, [1] * 7, 8)
+    trace.submit(2, [2] * 7, 1)
+    while trace.waiting or trace.running:
+        decision = trace.step()
+        assert not decision.preempt
+        assert trace.steps < 40
+    assert {request: len(tokens) for request, tokens in trace.finished.items()} == {1: 8, 2: 1}
+
+
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
     pages = data.draw(st.integers(8, 40), label="pages")
     limits = Limits(data.draw(st.integers(1, 8), label="running"), data.draw(st.integers(4, 40), label="budget"))
-    trace = Trace(pages, limits, data.draw(st.booleans(), label="prefix cache"))
+    trace = Trace(
+        pages, limits, data.draw(st.booleans(), label="prefix cache"), data.draw(st.sampled_from([0, 0, 2, 5]), label="lookahead")
+    )
     submitted: dict[int, int] = {}
     aborted = set()
     for request in range(1, data.draw(st.integers(1, 14), label="requests") + 1):

@@ -20,6 +20,10 @@ def expected(request: int, count: int) -> list[int]:
     return [fake_token(request, index, MODEL.vocab_size) for index in range(count)]
 
 
+DRAFTING = pytest.mark.parametrize("stage", [{}, {"draft": "ngram"}], indirect=True, ids=["one at a time", "drafting"])
+
+
+@DRAFTING
 async def test_requests_of_all_lengths_get_their_tokens_and_one_end_each(stage):
     stage.start_worker()
     scheduler = stage.start_scheduler()
@@ -40,6 +44,7 @@ async def test_it_does_not_matter_who_comes_first_scheduler_or_worker(stage):
     assert stage.tokenizer.tokens[1] == expected(1, 4)
 
 
+@DRAFTING
 async def test_a_cancelled_request_ends_at_once_and_frees_its_pages(stage):
     stage.start_worker()
     scheduler = stage.start_scheduler()
@@ -54,6 +59,7 @@ async def test_a_cancelled_request_ends_at_once_and_frees_its_pages(stage):
     assert len(stage.actor("worker-0")._ledger.sequences) == 0
 
 
+@DRAFTING
 async def test_a_dead_worker_costs_no_request_a_token(stage):
     stage.start_worker()
     stage.start_scheduler()
@@ -103,8 +109,8 @@ async def test_a_request_without_valid_logits_ends_alone(stage):
             outcome = step(rows)
             emitting = [row for row in rows if row.emits]
             outcome.tokens = [
-                None if row.sequence.request == 2 and row.sequence.emitted == 4 else token
-                for row, token in zip(emitting, outcome.tokens, strict=True)
+                [] if row.sequence.request == 2 and row.sequence.emitted == 4 else tokens
+                for row, tokens in zip(emitting, outcome.tokens, strict=True)
             ]
             return outcome
 
@@ -120,7 +126,7 @@ async def test_a_request_without_valid_logits_ends_alone(stage):
     assert scheduler._ledger.available == 64
 
 
-@pytest.mark.parametrize("stage", [{"tensor_parallel": 2}], indirect=True)
+@pytest.mark.parametrize("stage", [{"tensor_parallel": 2}, {"tensor_parallel": 2, "draft": "ngram"}], indirect=True)
 async def test_two_ranks_keep_the_same_book(stage):
     stage.start_worker(0)
     stage.start_worker(1)
@@ -202,6 +208,7 @@ async def test_a_lower_priority_number_goes_first(stage):
     assert list(stage.tokenizer.ends) == [4, 3, 2, 1]
 
 
+@DRAFTING
 async def test_more_requests_than_pages_are_all_served_by_preemption(stage):
     stage.start_worker(pages=12)
     stage.start_scheduler()
@@ -236,6 +243,7 @@ async def test_while_nothing_but_decoding_goes_on_plans_are_sent_ahead(stage):
     assert stage.tokenizer.tokens[1] == expected(1, 40)
 
 
+@DRAFTING
 async def test_a_request_that_ends_itself_is_passed_over_in_the_plan_that_was_sent_ahead(stage):
     stage.start_worker()
     plans = plans_of(stage)
@@ -252,6 +260,7 @@ async def test_a_request_that_ends_itself_is_passed_over_in_the_plan_that_was_se
     scheduler._ledger.check()
 
 
+@DRAFTING
 async def test_whatever_comes_while_a_plan_is_ahead_takes_part_soon_and_disturbs_nobody(stage):
     stage.start_worker()
     plans = plans_of(stage)
@@ -272,6 +281,24 @@ async def test_whatever_comes_while_a_plan_is_ahead_takes_part_soon_and_disturbs
     await stage.tokenizer.all_ended([99])
     assert scheduler._ledger.available == 64
     assert not any(isinstance(m, Restart) for m in stage.supervisor.messages)
+
+
+@pytest.mark.parametrize("stage", [{"draft": "ngram"}], indirect=True)
+async def test_requests_emit_several_tokens_a_step_and_the_meters_tell(stage):
+    stage.start_worker()
+    plans = plans_of(stage)
+    scheduler = stage.start_scheduler()
+    for request in range(1, 5):
+        stage.submit(request, [request] * 5, 100)
+    await stage.tokenizer.all_ended(range(1, 5))
+    assert stage.tokenizer.tokens == {request: expected(request, 100) for request in range(1, 5)}
+    assert any(plan.ahead and any(plan.lookahead) for plan in plans)
+    assert len(plans) < 80, "a hundred steps without drafts"
+    meters = scheduler._meters
+    assert 0 < meters._accepted.value < meters._drafted.value
+    assert meters.emitted_tokens.value == 400
+    assert meters._acceptance.sum > sum(meters._acceptance.counts) > 0
+    assert scheduler._ledger.available == 64
 
 
 @pytest.mark.parametrize("stage", [{"tensor_parallel": 2}], indirect=True)
