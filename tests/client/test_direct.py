@@ -70,9 +70,8 @@ class Heard:
 class Scene:
     def __init__(self, tokenizers: int) -> None:
         self.run_dir = short_folder()
-        self.context = zmq.Context()
         self.names = [f"tokenizer-{place}" for place in range(tokenizers)]
-        self.desks = [ScriptedDesk(self.context, self.run_dir, name) for name in self.names]
+        self.desks = [ScriptedDesk(self.run_dir, name) for name in self.names]
         self.client = DirectClient(self.run_dir, self.names)
 
     def generate(self, count: int = 1) -> tuple[tuple[int, ...], list[Heard]]:
@@ -84,14 +83,13 @@ class Scene:
         """A desk dies, and its successor stands where it stood."""
         self.desks[place].close()
         self.client.tokenizer_died(self.names[place])
-        self.desks[place] = ScriptedDesk(self.context, self.run_dir, self.names[place])
+        self.desks[place] = ScriptedDesk(self.run_dir, self.names[place])
         return self.desks[place]
 
     async def close(self) -> None:
         self.client.close()
         for desk in self.desks:
             desk.close()
-        self.context.destroy(linger=0)
         shutil.rmtree(self.run_dir)
 
 

@@ -52,9 +52,10 @@ def ended(request: int, reason: str = "stop", completion: int = 1, prompt: int =
 class ScriptedDesk:
     """The desk of the tokenizer `name`: what comes is kept until the test looks at it."""
 
-    def __init__(self, context: zmq.Context, run_dir: Path, name: str = "tokenizer-0") -> None:
+    def __init__(self, run_dir: Path, name: str = "tokenizer-0") -> None:
+        self._context = zmq.Context()
         self._inbox: asyncio.Queue[tuple[bytes, Message]] = asyncio.Queue()
-        self._desk = Desk(context, endpoint(run_dir, desk_name(name)), ToTokenizer)
+        self._desk = Desk(self._context, endpoint(run_dir, desk_name(name)), ToTokenizer)
         self._desk.open(lambda identity, message: self._inbox.put_nowait((identity, message)), lambda: None)
         self._frontend = b""
 
@@ -83,7 +84,9 @@ class ScriptedDesk:
         self.send(Text([request], [text], [len(tokens)], [end] if end else [], [], tokens))
 
     def close(self) -> None:
+        """End like a process: when this returns nobody listens any more, and the address is a successor's to take."""
         self._desk.close()
+        self._context.term()
 
 
 class Stage:
@@ -93,7 +96,7 @@ class Stage:
         self.run_dir = short_folder()
         config = Config(port=0, **settings)
         self.process = Process(self.run_dir, "server-0", 1, EngineSpec(config, MODEL))
-        self.desks = [ScriptedDesk(self.process.context, self.run_dir, f"tokenizer-{place}") for place in range(config.tokenizers)]
+        self.desks = [ScriptedDesk(self.run_dir, f"tokenizer-{place}") for place in range(config.tokenizers)]
         self.status: Status | None = Status(0, "ready", [], [], None)
         self.told: asyncio.Queue[Message] = asyncio.Queue()
         """What the server said to its supervisor, questions of status aside."""
@@ -146,7 +149,7 @@ class Stage:
         """The first tokenizer; its successor stands where it stood."""
         self.desk.close()
         self.server.receive(PeerDied("tokenizer-0"))
-        self.desks[0] = ScriptedDesk(self.process.context, self.run_dir)
+        self.desks[0] = ScriptedDesk(self.run_dir)
 
     async def complete_and_finish(self) -> str:
         """One whole request, to see that the server still serves: its text."""

@@ -101,6 +101,8 @@ class Stage:
         process, mailbox, _ = self._actors.pop(name)
         mailbox.close()
         process.post.close()
+        # When this returns its address is free for a successor.
+        process.context.term()
         for other_process, _, actor in list(self._actors.values()):
             other_process.post.forget(name)
             if not isinstance(actor, Recorder):
