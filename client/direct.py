@@ -257,6 +257,7 @@ class DirectClient:
                 want_prompt=generate.want_prompt,
                 tenant=generate.tenant,
                 priority=generate.priority,
+                deadline=generate.deadline,
                 emitted=(tuple(live.tokens),),
             )
             self._submit(desk, again)

@@ -53,12 +53,31 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = "none"
     max_running: Annotated[Count, _about("most requests in one step")] = 256
     max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 256
+    step_target: Annotated[
+        Annotated[float, Meta(ge=0, le=1e9)],
+        _about("how long chunks of prompts may make a step in which other requests decode, if that is not less than 1.6 of it", "SECONDS"),
+    ] = 0.05
     max_waiting: Annotated[Count, _about("most queued requests; further ones get 429")] = 1024
+    max_waiting_tokens: Annotated[Count, _about("most prompt tokens of queued requests; further ones get 429", "TOKENS")] = 1 << 20
+    request_timeout: Annotated[
+        Annotated[float, Meta(ge=0.001, le=1e9)] | None,
+        _about("time in which a request must be done, where it does not set its own `timeout`; none without it", "SECONDS"),
+    ] = None
     tokenizers: Annotated[Annotated[int, Meta(ge=1, le=64)], _about("tokenizer processes")] = 1
     tensor_parallel: Annotated[Count, _about("workers that share each layer of the model")] = 1
     drain_timeout: Annotated[
         Annotated[float, Meta(ge=0, le=1e9)], _about("time that running requests get to finish after SIGTERM", "SECONDS")
     ] = 30.0
+    hang_timeout: Annotated[
+        Annotated[float, Meta(ge=0.2, le=1e9)],
+        _about("a process that owes an answer for so long is killed and started again; longer than any step may take", "SECONDS"),
+    ] = 20.0
+    max_restarts: Annotated[
+        Annotated[int, Meta(ge=0, le=2**31 - 1)], _about("deaths of processes within a minute beyond which the engine gives up")
+    ] = 5
+    request_log: Annotated[
+        str | None, _about("file to which a JSON line is added for each request that ends; - for standard error", "FILE")
+    ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], _about("least severe messages to log; debug adds traces to errors")
     ] = "info"

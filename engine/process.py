@@ -64,6 +64,18 @@ class Process:
     def send(self, to: str, message: Message) -> bool:
         return self.post.send(to, message)
 
+    def later(self, seconds: float, act: Callable[[], None]) -> asyncio.TimerHandle:
+        """Do something for the actor after a while. If that fails, the actor has failed."""
+        loop = asyncio.get_running_loop()
+
+        def do() -> None:
+            try:
+                act()
+            except Exception as error:
+                loop.call_exception_handler({"message": "the actor failed", "exception": error, CRASH: True})
+
+        return loop.call_later(seconds, do)
+
     def address(self, name: str) -> str:
         return endpoint(self.run_dir, name)
 

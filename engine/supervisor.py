@@ -4,6 +4,9 @@ It follows Erlang's supervisors. Each child has a `ChildSpec` (how to start it, 
 ready. A death is seen at once through the child's pidfd; the siblings are told, the child is started anew. Too many deaths in too
 short a time mean that starting again does not help, and the engine stops with a message.
 
+A child can also hang: stopped from outside, or stuck in a call. So each is asked for a sign of life now and then, and the scheduler tells
+for how long it has waited for a step. Who owes an answer for too long is killed, and what follows is the same as after any death.
+
     starting ─▶ ready ◀─▶ recovering
                   └──▶ draining ─▶ stopped
 
@@ -56,15 +59,23 @@ from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec
 
 log = logging.getLogger(__name__)
 
-MOST_RESTARTS = 5
 RESTART_WINDOW = 60.0
-"""More than MOST_RESTARTS deaths within this many seconds end the engine."""
+"""More deaths than `max_restarts` within this many seconds end the engine."""
+
+PULSES = 4
+"""Signs of life that are asked for within the time in which one must come."""
+
+PULSE = -1
+"""The call of a `Probe` that asks for a sign of life."""
 
 STOP_GRACE = 1.0
 """Seconds that children get between SIGTERM and SIGKILL."""
 
 FATAL_GRACE = 0.5
 """Seconds to wait for the message of a child that ended with EXIT_FATAL."""
+
+WORKERS = "workers"
+"""The group of the worker ranks."""
 
 OPENING = 0
 """The call by which a server shows that it has read the engine's state before it."""
@@ -90,10 +101,14 @@ class Child:
         self.pidfd = -1
         self.state = "starting"
         self.restarts = -1
+        self.hangs = 0
+        """How often it was killed because it hung."""
         self.born = 0.0
         self.detail = ""
         self.doomed = False
         """It is being killed because one of its group died."""
+        self.owes_since: float | None = None
+        """When the first sign of life was asked for that has not come, monotonic seconds."""
 
 
 class _Probing:
@@ -109,7 +124,7 @@ class _Probing:
 
 def engine_children(config: Config, worker_module: str) -> list[ChildSpec]:
     """The processes of one engine. The workers come first, as they take longest to be ready."""
-    children = [ChildSpec(name, worker_module, "workers") for name in worker_names(config)]
+    children = [ChildSpec(name, worker_module, WORKERS) for name in worker_names(config)]
     children += [ChildSpec(name, "headrace.tokenizer_proc.tokenizer", name) for name in tokenizer_names(config)]
     children += [ChildSpec(name, "headrace.server.server", name) for name in server_names(config)]
     return [*children, ChildSpec(SCHEDULER, "headrace.engine.scheduler.scheduler", SCHEDULER)]
@@ -151,7 +166,11 @@ class Supervisor:
         try:
             for child in self._children.values():
                 self._start(child)
-            return await self._done
+            pulse = loop.create_task(self._feel_pulses(self._config.hang_timeout))
+            try:
+                return await self._done
+            finally:
+                pulse.cancel()
         finally:
             await self._stop()
             mailbox.close()
@@ -174,9 +193,8 @@ class Supervisor:
                     self._end(0)
             case Restart():
                 for name in message.names:
-                    if (child := self._children.get(name)) and child.process:
-                        log.error("restarting %s: %s", name, message.why)
-                        child.process.kill()
+                    if child := self._children.get(name):
+                        self._put_down(child, message.why)
 
     def settle(self) -> None:
         """Nothing waits for the end of a burst."""
@@ -187,6 +205,7 @@ class Supervisor:
         child.restarts += 1
         child.state = "starting" if child.restarts == 0 else "restarting"
         child.born = time.monotonic()
+        child.owes_since = None
         command = [sys.executable, "-m", child.spec.module, str(self._run_dir), child.spec.name]
         command += [str(time.time_ns() & 0xFFFFFFFFFFF), str(self._death_read)]
         # A session of its own: Ctrl-C in the terminal is for the supervisor, which tells the children.
@@ -241,7 +260,7 @@ class Supervisor:
             # Not to one that is still starting: it would read this late, when it knows the successor already, and take that for dead.
             # It has asked nothing of the dead one, or will ask again: whoever starts announces itself to its peers.
             if other is not child and other.process and other.state == "ready":
-                self._post.send(other.spec.name, PeerDied(name))
+                self._post.send(other.spec.name, PeerDied(name, by_itself=not child.doomed and status != -signal.SIGKILL))
         if child.doomed:
             child.doomed = False
             self._start(child)
@@ -266,13 +285,53 @@ class Supervisor:
                 other.doomed = True
                 other.process.kill()
 
+    def _put_down(self, child: Child, why: str) -> None:
+        """Kill a child that cannot be trusted any more; its death starts it again."""
+        if child.process and not child.doomed:
+            log.error("restarting %s: %s", child.spec.name, why)
+            child.process.kill()
+
+    async def _feel_pulses(self, limit: float) -> None:
+        """Ask every child for a sign of life, again and again; restart who gave none for `limit` seconds."""
+        interval = limit / PULSES
+        asked = time.monotonic()
+        while True:
+            await asyncio.sleep(interval)
+            now = time.monotonic()
+            late, asked = now - asked > 2 * interval, now
+            for child in self._children.values():
+                if child.state != "ready":
+                    continue
+                if late:
+                    # This process itself stood still: the answers may lie unread.
+                    child.owes_since = None
+                elif child.owes_since is not None and now - child.owes_since > limit:
+                    self._hangs(child, f"it gave no sign of life for {now - child.owes_since:.1f} s")
+                    continue
+                child.owes_since = child.owes_since or now
+                self._post.send(child.spec.name, Probe(PULSE))
+
+    def _feel(self, snapshot: Snapshot) -> None:
+        """A sign of life; the scheduler's tells of its workers too."""
+        self._children[snapshot.child].owes_since = None
+        owed = snapshot.progress.owed_s if snapshot.progress else None
+        if owed is not None and owed > self._config.hang_timeout:
+            for child in self._children.values():
+                if child.spec.group == WORKERS and child.state == "ready":
+                    self._hangs(child, f"a step has not ended for {owed:.1f} s")
+
+    def _hangs(self, child: Child, what: str) -> None:
+        child.owes_since = None
+        child.hangs += 1
+        self._put_down(child, what)
+
     def _too_many_deaths(self) -> bool:
         """Count one more death."""
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - RESTART_WINDOW:
             self._deaths.popleft()
-        return len(self._deaths) > MOST_RESTARTS
+        return len(self._deaths) > self._config.max_restarts
 
     def _fail(self, message: str) -> None:
         print(f"headrace: {message}", file=sys.stderr, flush=True)
@@ -340,6 +399,8 @@ class Supervisor:
             self._answer(call)
 
     def _collect(self, snapshot: Snapshot) -> None:
+        if snapshot.call == PULSE:
+            self._feel(snapshot)
         if snapshot.call == OPENING:
             self._opened(snapshot.child)
         probing = self._probing.get(snapshot.call)
@@ -365,8 +426,12 @@ class Supervisor:
             Series("headrace_restarts_total", "counter", "Restarts by process.", (("process", child.name),), float(child.restarts))
             for child in children
         ]
+        hangs = [
+            Series("headrace_hangs_total", "counter", "Processes killed because they hung.", (("process", name),), float(child.hangs))
+            for name, child in self._children.items()
+        ]
         question = probing.question
-        status = Status(question.call, self._state, children, restarts + probing.series, probing.progress)
+        status = Status(question.call, self._state, children, restarts + hangs + probing.series, probing.progress)
         self._post.send(question.reply_to, status)
 
 

@@ -45,7 +45,15 @@ class Live:
         self.tokens: list[int] = list(generate.emitted[place]) if place < len(generate.emitted) else []
         """Every token emitted so far. The scheduler's submission shares this list, so it can be sent again as it stands."""
         self.submit = Submit(
-            self.request, reply_to, prompt, sampling, generate.seeds[place], self.tokens, generate.tenant, generate.priority
+            self.request,
+            reply_to,
+            prompt,
+            sampling,
+            generate.seeds[place],
+            self.tokens,
+            generate.tenant,
+            generate.priority,
+            generate.deadline,
         )
         self.expected = len(self.tokens)
         """Tokens that are known to exist. More than `tokens` has, while some are still to be told again."""

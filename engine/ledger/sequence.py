@@ -14,6 +14,7 @@ class Sequence:
 
     __slots__ = (
         "_chain",
+        "arrived",
         "cached",
         "computed",
         "end_tokens",
@@ -22,10 +23,13 @@ class Sequence:
         "max_tokens",
         "nodes",
         "pages",
+        "priority",
         "prompt",
         "request",
         "sampling",
         "seed",
+        "suspect",
+        "tenant",
         "tokens",
     )
 
@@ -46,8 +50,17 @@ class Sequence:
         """Tokens that the prefix cache gave when it last started from nothing."""
         self.last_run = -1
         """Step that last computed some of it."""
+
+        # What the scheduler plans by; no ledger reads it.
+        self.priority = 0
+        self.tenant = ""
+        self.arrived = 0.0
+        """Monotonic seconds."""
         self.lookahead = 0
-        """How many drafts a step should verify behind its next token: the scheduler's wish, which no ledger reads."""
+        """How many drafts a step should verify behind its next token."""
+        self.suspect = False
+        """A worker died while it ran it, and it has emitted nothing since: it runs in no step with another suspect."""
+
         self._chain: list[int] = []
         self.nodes: list[Node] = []
         self.pages: list[int] = []

@@ -57,7 +57,10 @@ class Generate(Message):
     want_prompt: bool = False
     """Ask for the prompt's text and ids in `Accepted`, as `echo` needs them."""
     tenant: str = ""
+    """Whose it is; tenants get equal shares."""
     priority: int = 0
+    deadline: float | None = None
+    """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
     emitted: tuple[tuple[int, ...], ...] = ()
     """When a request is submitted again after a death: for each id, the tokens already delivered."""
 

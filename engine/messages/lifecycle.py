@@ -63,6 +63,8 @@ class Progress(Message):
     last_step_age_s: float | None
     """Seconds since the last step ended; None before the first."""
     step: int
+    owed_s: float | None = None
+    """Seconds for which a rank has owed the result of a step; None while none does."""
 
 
 class Snapshot(Message):
@@ -86,6 +88,8 @@ class PeerDied(Message):
     """A sibling process has died; its successor comes by itself. Told to every child at once."""
 
     name: str
+    by_itself: bool = False
+    """It crashed; not so if it was killed from outside, or together with another."""
 
 
 class GetStatus(Message):

@@ -22,7 +22,11 @@ class Submit(Message):
     seed: int
     emitted: list[int] = []
     tenant: str = ""
+    """Whose it is; tenants get equal shares."""
     priority: int = 0
+    """Lower ones are served first."""
+    deadline: float | None = None
+    """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
 
 
 class Cancel(Message):

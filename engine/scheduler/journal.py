@@ -9,6 +9,9 @@ from headrace.engine.messages.steps import Admit
 from headrace.engine.messages.tokens import PromptLogprobs, Submit, TokenEnd, TokenLogprobs
 from headrace.engine.scheduler.pace import Pace
 
+CRASHES, KILLS = 2, 4
+"""Deaths of workers in its company after which a request is not run again: if the last was a crash, and if it was killed from outside."""
+
 
 class Entry:
     """One live request, from its submission to its terminal message."""
@@ -16,7 +19,11 @@ class Entry:
     __slots__ = (
         "arrived",
         "cached",
+        "chunks",
+        "deaths",
+        "died_at",
         "emitted",
+        "first_token",
         "logprobs",
         "pace",
         "preemptions",
@@ -25,6 +32,7 @@ class Entry:
         "sequence",
         "started",
         "submit",
+        "worker_deaths",
     )
 
     def __init__(self, submit: Submit, arrived: float) -> None:
@@ -38,8 +46,18 @@ class Entry:
         self.emitted = list(submit.emitted)
         self.started: float | None = None
         """When a step first ran it, monotonic seconds."""
+        self.first_token: float | None = None
+        """When its first token was known, monotonic seconds."""
+        self.chunks = 0
+        """Steps that computed some of its prompt."""
         self.cached = 0
         self.preemptions = 0
+        self.worker_deaths = 0
+        """Workers that died in a step that ran it."""
+        self.deaths = 0
+        """Those since it last emitted a token."""
+        self.died_at = -1
+        """Tokens it had emitted when the last of them died."""
         self.pace = Pace()
         self.sequence: Sequence | None = None
         """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs."""
@@ -48,6 +66,22 @@ class Entry:
         """What workers must know to continue it."""
         submit = self.submit
         return Admit(submit.request, submit.prompt, self.emitted, submit.sampling, submit.seed)
+
+    def implicate(self, crashed: bool) -> bool:
+        """A worker died in a step that ran it. True when it must have been this request's doing.
+
+        A suspect is the only one in its step, so a second death in its company is proof, if the worker crashed. Was it killed, then whoever
+        did that may have hit its steps by chance, and it takes more.
+        """
+        self.worker_deaths += 1
+        alone = self.suspect
+        self.deaths = self.deaths + 1 if alone else 1
+        self.died_at = len(self.emitted)
+        return alone and self.deaths >= (CRASHES if crashed else KILLS)
+
+    @property
+    def suspect(self) -> bool:
+        return self.deaths > 0 and self.died_at == len(self.emitted)
 
     def end(self, reason: str, now: float) -> TokenEnd:
         """Its last message. `reason` as in `TokenEnd`."""
@@ -62,6 +96,8 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
+        self.prompt_tokens = 0
+        """Of all live requests together."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -71,6 +107,7 @@ class Journal:
 
     def open(self, submit: Submit, now: float) -> Entry:
         entry = self._entries[submit.request] = Entry(submit, now)
+        self.prompt_tokens += len(submit.prompt)
         return entry
 
     def get(self, request: int) -> Entry | None:
@@ -78,7 +115,10 @@ class Journal:
 
     def close(self, request: int) -> Entry | None:
         """Forget a request that is over; None when it is not known."""
-        return self._entries.pop(request, None)
+        entry = self._entries.pop(request, None)
+        if entry is not None:
+            self.prompt_tokens -= len(entry.submit.prompt)
+        return entry
 
     def entries(self) -> list[Entry]:
         return list(self._entries.values())

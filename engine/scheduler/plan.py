@@ -1,24 +1,30 @@
 """What the next step computes: a pure function of the ledger and the queues.
 
 There is no prefill and no decode, only sequences with tokens still to be computed. Those with one such token come first, for they are
-what users see moving; the rest of the step's token budget goes to longer ones in chunks, then to newcomers. When decodes alone
-could eat the budget, a quarter of it stays with the others. Drafts are verified out of the decodes' part, shared evenly.
+what users see moving; the rest of the step's token budget goes to longer ones in chunks, then to newcomers, as far as the decodes'
+pause allows (see `speed.py`). When decodes alone could eat the budget, a quarter of it stays with the others, and three quarters where
+the others are of a tenant that was served less. Drafts are verified out of the decodes' part, shared evenly.
 
 Pages: a newcomer is admitted when all its known tokens fit beside what earlier prefills still need. Decodes grow into what is
 left; when nothing is, the request that was admitted last gives up its pages and waits again (its computed prefix stays cached as
-long as nobody needs the room).
+long as nobody needs the room). So does the last request of a tenant with more than its share of the places, when another with less waits.
 
 Many newcomers with the same new prefix: the first computes it, the others wait for its pages instead of computing them too.
+
+Suspects, in whose company a worker died, run one at a time: should another die, it is known why.
 """
 
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
 from headrace.engine.ledger.ledger import Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
+from headrace.engine.scheduler.speed import Speed
+from headrace.engine.scheduler.tenants import Tenants
 
 MOST_PASSED_OVER = 64
-"""Waiting requests that a step looks past because they wait for a prefix."""
+"""Waiting requests that a step looks past because they wait for a prefix, or for another suspect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +44,40 @@ class Decision:
     """For those of `run`, in their order: how many drafts each may have verified."""
 
 
-def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], limits: Limits) -> Decision:
+def plan(
+    ledger: Ledger,
+    running: Series[Sequence],
+    waiting: Collection[Sequence],
+    limits: Limits,
+    speed: Speed | None = None,
+    tenants: Tenants | None = None,
+) -> Decision:
     """Decide one step.
 
     `running` are the sequences with pages, in the order of their admission; `waiting` those without, first come first. A sequence of
-    `waiting` may be known to the ledger already (it was preempted). Nothing is changed.
+    `waiting` may be known to the ledger already (it was preempted). `speed` limits what may run beside decodes. `tenants` are needed
+    where there are several. Nothing is changed.
     """
     decision = Decision()
+    tenants = tenants if tenants is not None and tenants.live > 1 else None
+    if tenants and waiting:
+        decision.preempt = _make_place(ledger, running, next(iter(waiting)), limits, tenants)
+        if decision.preempt:
+            running = [sequence for sequence in running if sequence not in decision.preempt]
     left = list(running)
     """Running sequences that are not preempted."""
     decodes: list[Sequence] = []
     prefills: list[Sequence] = []
     for sequence in running:
         (decodes if len(sequence.tokens) - sequence.computed == 1 else prefills).append(sequence)
-    available = ledger.available
+    if tenants:
+        prefills.sort(key=lambda sequence: (sequence.priority, tenants.served(sequence.tenant), sequence.arrived))
+    available = ledger.available + sum(ledger.pages_freed_by(victim) for victim in decision.preempt)
     budget = limits.max_step_tokens
 
     decode_budget = budget - budget // 4 if prefills or waiting else budget
+    if tenants and decodes and _is_behind(prefills, waiting, decodes, tenants):
+        decode_budget = budget // 4
     if len(decodes) > decode_budget:
         decodes = sorted(decodes, key=lambda sequence: sequence.last_run)[:decode_budget]
     preempted: set[int] = set()
@@ -90,6 +113,8 @@ def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], l
         decision.run.append((sequence, 1))
         decision.lookahead.append(lookahead)
 
+    if speed is not None and decision.run and (prefills or waiting):
+        budget = min(budget, speed.chunk(len(decision.run), budget))
     for sequence in prefills:
         if sequence.request in preempted or budget == 0:
             continue
@@ -106,9 +131,44 @@ def plan(ledger: Ledger, running: Series[Sequence], waiting: Series[Sequence], l
             decision.run.append((sequence, length))
             decision.lookahead.append(0)
 
-    if waiting and budget and not decision.preempt:
-        _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget)
+    if waiting and budget and not preempted:
+        suspected = any(sequence.suspect for sequence in left)
+        _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget, suspected)
     return decision
+
+
+def _make_place(ledger: Ledger, running: Series[Sequence], head: Sequence, limits: Limits, tenants: Tenants) -> list[Sequence]:
+    """Who has to go so that `head` can start: the latest of the tenant with most places, while that has more than its share of them and
+    the head's tenant less. Nobody, if that would not be enough."""
+    places = limits.max_running - len(running)
+    missing = ledger.pages_for(len(head.tokens) + 1) - len(ledger.match_path(head)) - ledger.available
+    if places > 0 and missing <= 0:
+        return []
+    share = limits.max_running // tenants.live
+    held: dict[str, list[Sequence]] = {}
+    for sequence in running:
+        held.setdefault(sequence.tenant, []).append(sequence)
+    if not held or len(held.get(head.tenant, ())) >= min(share, len(running) // tenants.live):
+        return []
+    most = max(held, key=lambda tenant: len(held[tenant]))
+    victims: list[Sequence] = []
+    for victim in reversed(held[most]):
+        if len(held[most]) - len(victims) <= max(1, len(running) // tenants.live):
+            break
+        victims.append(victim)
+        missing -= ledger.pages_freed_by(victim)
+        if missing <= 0:
+            return victims
+    return []
+
+
+def _is_behind(prefills: Series[Sequence], waiting: Iterable[Sequence], decodes: Series[Sequence], tenants: Tenants) -> bool:
+    """Whether the next prompt is of a tenant that was served no more than any of those that decode."""
+    following = prefills[0] if prefills else next(iter(waiting), None)
+    if following is None:
+        return False
+    others = {sequence.tenant for sequence in decodes} - {following.tenant}
+    return bool(others) and tenants.served(following.tenant) <= min(map(tenants.served, others))
 
 
 def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], limits: Limits) -> Decision:
@@ -148,10 +208,11 @@ def _admit(
     decision: Decision,
     ledger: Ledger,
     prefills: list[Sequence],
-    waiting: Series[Sequence],
+    waiting: Iterable[Sequence],
     places: int,
     available: int,
     budget: int,
+    suspected: bool,
 ) -> None:
     """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out."""
     size = ledger.page_size
@@ -165,6 +226,9 @@ def _admit(
     for sequence in waiting:
         if places <= 0 or budget <= 0 or passed_over == MOST_PASSED_OVER:
             return
+        if sequence.suspect and suspected:
+            passed_over += 1
+            continue
         path = ledger.match_path(sequence)
         most = sequence.may_match // size
         if len(path) < most and sequence.chain(size)[len(path)] in coming:
@@ -177,6 +241,7 @@ def _admit(
         available -= pages
         locked.update(idle)
         places -= 1
+        suspected = suspected or sequence.suspect
         length = min(len(sequence.tokens) - len(path) * size, budget)
         budget -= length
         coming.update(sequence.chain(size)[len(path) :])

@@ -11,31 +11,38 @@ never wait for a plan; otherwise a new plan is written as soon as the result is 
                         └─▶ result k             └─▶ …     ahead:   plan k+1 is there already
 """
 
+import heapq
 import logging
-import math
 import time
 from bisect import insort
-from collections import deque
 
-from headrace.engine.ledger.ledger import Ended, Ledger, LedgerError, Row
+from headrace.engine.ledger.ledger import Ended, Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.lifecycle import Drain, Drained, PeerDied, Progress, Restart
 from headrace.engine.messages.steps import Begin, FromWorker, Hello, Plan, StepResult, WorkerUp
 from headrace.engine.messages.tokens import Cancel, Refused, SchedulerUp, Submit, TokenEnd, Tokens, ToScheduler
 from headrace.engine.messages.wire import Message
-from headrace.engine.metrics import SECONDS
 from headrace.engine.names import SUPERVISOR, tokenizer_names, worker_names
 from headrace.engine.process import Process, main
+from headrace.engine.scheduler.epoch import Divergence, Epoch
 from headrace.engine.scheduler.journal import Entry, Journal
+from headrace.engine.scheduler.meters import Meters, Rate
 from headrace.engine.scheduler.plan import Limits, plan, plan_ahead
+from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.ranks import Ranks
+from headrace.engine.scheduler.speed import Speed
+from headrace.engine.scheduler.tenants import Tenants
+from headrace.engine.scheduler.timeline import Timelines
 
 log = logging.getLogger(__name__)
 
-DIGESTS_KEPT = 8
-"""Steps by which a rank may be behind the first and still be checked."""
-
 NO_LOGITS = "the model gave no valid logits for this request (not a number, or nothing but minus infinity): other requests are not affected"
+QUARANTINED = "a worker process died whenever it ran this request, so it is not run again: other requests are not affected"
+
+
+def _arrival(sequence: Sequence) -> tuple[int, float]:
+    """Who comes first among those that run: a lower priority number, then an earlier arrival, however often it was preempted."""
+    return sequence.priority, sequence.arrived
 
 
 class Scheduler:
@@ -45,37 +52,35 @@ class Scheduler:
         config = process.config
         self._process = process
         self._limits = Limits(config.max_running, config.max_step_tokens)
-        self._max_waiting = config.max_waiting
+        self._max_waiting, self._max_waiting_tokens = config.max_waiting, config.max_waiting_tokens
         self._drafts = config.draft != "none"
         self._ranks = Ranks(worker_names(config))
         self._journal = Journal()
-        self._epoch = process.incarnation << 20
-        self._ledger: Ledger | None = None
-        """The mirror; None until an epoch has begun."""
+        self._last_epoch = process.incarnation << 20
+        self._epoch: Epoch | None = None
+        """None until every rank is up."""
+        self._tenants = Tenants()
         self._running: list[Sequence] = []
-        self._waiting: list[Sequence] = []
+        self._waiting = Queue(self._tenants)
         self._aborts: list[int] = []
         """Cancelled requests that the workers still hold."""
-        self._in_flight: Plan | None = None
-        """The plan that the mirror has applied, whose result is due."""
-        self._rows: list[Row] = []
-        """Those of the plan in flight."""
-        self._ahead: Plan | None = None
-        """The plan after it, if the workers have it already."""
-        self._digests: deque[tuple[int, int]] = deque(maxlen=DIGESTS_KEPT)
-        """The last steps and the mirror's digests in them, for ranks that are behind the first."""
-        self._early: list[StepResult] = []
-        """Results of ranks that are before the first."""
+        self._speed = Speed(config.step_target)
+        self._deadlines: list[tuple[float, int]] = []
+        """Heap of (when, request); those of requests that are over by then say nothing."""
         self._outgoing: dict[str, Tokens] = {}
         self._draining = self._drained = False
         self._last_step: float | None = None
-        self._finishes = Rate()
-        self._meters = Meters(process)
+        self._finishes, self._work = Rate(), Rate()
+        self._meters = Meters(process.metrics)
+        self._timelines = Timelines(config.request_log)
         process.progress = self.progress
         for name in self._ranks.names:
             process.send(name, Hello())
         for name in tokenizer_names(config):
             process.send(name, SchedulerUp(process.incarnation))
+
+    async def close(self) -> None:
+        self._timelines.close()
 
     def receive(self, message: Message) -> None:
         match message:
@@ -94,15 +99,18 @@ class Scheduler:
             case PeerDied():
                 self._process.post.forget(message.name)
                 if self._ranks.leave(message.name):
+                    self._implicate(message.by_itself)
                     self._leave_epoch()
             case Drain():
                 self._draining = True
 
     def settle(self) -> None:
-        if self._ledger is not None and self._in_flight is None and (self._running or self._waiting or self._aborts):
-            self._start_step(self._ledger)
-        if self._ledger is not None and self._in_flight is not None and self._ahead is None and not (self._waiting or self._aborts):
-            self._look_ahead(self._ledger)
+        epoch = self._epoch
+        if epoch is not None:
+            if epoch.in_flight is None and (self._running or self._waiting or self._aborts):
+                self._start_step(epoch)
+            if epoch.in_flight is not None and epoch.ahead is None and not (self._waiting or self._aborts):
+                self._look_ahead(epoch)
         for name, tokens in self._outgoing.items():
             self._process.send(name, tokens)
         self._outgoing.clear()
@@ -114,33 +122,83 @@ class Scheduler:
         now = time.monotonic()
         # Cancelled requests run until the workers have been told.
         running = len(self._running) + len(self._aborts)
-        self._meters.show(self._ledger, running, len(self._journal) - len(self._running))
+        epoch = self._epoch
+        self._meters.show(epoch.ledger if epoch else None, running, self._queued)
+        owed = epoch.owed_since if epoch else None
         return Progress(
             running=running,
-            waiting=len(self._journal) - len(self._running),
+            waiting=self._queued,
             workers_ready=self._ranks.ready,
             last_step_age_s=None if self._last_step is None else now - self._last_step,
-            step=self._ledger.step if self._ledger else 0,
+            step=epoch.ledger.step if epoch else 0,
+            owed_s=None if owed is None else now - owed,
         )
 
     # Requests
+
+    @property
+    def _queued(self) -> int:
+        """Requests without pages; between epochs that is all of them."""
+        return len(self._journal) - len(self._running)
 
     def _submit(self, submit: Submit) -> None:
         """Queue a request, or refuse it with a reason."""
         if known := self._journal.get(submit.request):
             self._tell_again(known, submit)
             return
-        waiting = len(self._journal) - len(self._running)
         if self._draining:
             self._refuse(submit, 503, "draining", "the server is shutting down and takes no new requests: try again in a moment", 5.0)
-        elif waiting >= self._max_waiting and not submit.emitted:
-            rate = self._finishes.per_second(time.monotonic())
-            wait = min(60.0, max(1.0, waiting / rate)) if rate > 0 else 5.0
-            self._refuse(submit, 429, "overloaded", f"{waiting} requests are waiting already: try again in {wait:.0f} s", wait)
-        else:
-            entry = self._journal.open(submit, time.monotonic())
-            if self._ledger is not None:
-                self._enqueue(entry, self._ledger)
+            return
+        if not submit.emitted and (full := self._too_much(submit)):
+            wait = self._time_to_drain()
+            self._refuse(submit, 429, "overloaded", f"{full} already: try again in {wait:.0f} s", wait)
+            return
+        entry = self._journal.open(submit, time.monotonic())
+        self._tenants.arrive(submit.tenant)
+        if submit.deadline is not None:
+            self._watch_deadline(submit.deadline, submit.request)
+        if self._epoch is not None:
+            self._enqueue(entry, self._epoch.ledger)
+
+    def _too_much(self, submit: Submit) -> str | None:
+        """What there is too much of to take one more request; None when there is room."""
+        # Places that are free belong to those who wait for the next step.
+        if len(self._journal) >= self._limits.max_running + self._max_waiting:
+            return f"{self._queued} requests are waiting"
+        waiting = self._waiting.prompt_tokens if self._epoch else self._journal.prompt_tokens
+        if self._journal and waiting + len(submit.prompt) > self._max_waiting_tokens + self._limits.max_step_tokens:
+            return f"requests with {waiting} prompt tokens are waiting"
+        return None
+
+    def _time_to_drain(self) -> float:
+        """Seconds until what waits now will have been started, at the rate at which requests finish, or tokens are computed, of late."""
+        now = time.monotonic()
+        if rate := self._finishes.per_second(now):
+            return min(3600.0, max(1.0, self._queued / rate))
+        if rate := self._work.per_second(now):
+            return min(3600.0, max(1.0, self._journal.prompt_tokens / rate))
+        return 5.0
+
+    def _watch_deadline(self, deadline: float, request: int) -> None:
+        heapq.heappush(self._deadlines, (deadline, request))
+        self._process.later(max(0.0, deadline - time.monotonic()), self._expire)
+
+    def _expire(self) -> None:
+        """End every request whose time is up."""
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request = heapq.heappop(self._deadlines)
+            entry = self._journal.get(request)
+            if entry is not None and entry.submit.deadline == deadline:
+                got = f"after {len(entry.emitted)} tokens" if entry.emitted else "before its first token"
+                message = f"the request's time was up {got}: allow a longer timeout, or ask for less"
+                self._fail(entry, 504, "timeout", message)
+        self.settle()
+
+    def _fail(self, entry: Entry, status: int, code: str, message: str) -> None:
+        """End a request with an error."""
+        self._close(entry.submit.request, code)
+        self._process.send(entry.reply_to, Refused(entry.submit.request, status, code, message))
 
     def _tell_again(self, entry: Entry, submit: Submit) -> None:
         """A tokenizer asks for a request that is running: it has taken it over from one that died, and lacks what came since."""
@@ -159,50 +217,53 @@ class Scheduler:
         most = len(submit.prompt) + (submit.sampling.max_tokens or 0)
         if ledger.pages_for(most) > ledger.pool.total:
             room = ledger.pool.total * ledger.page_size
-            self._journal.close(submit.request)
-            self._refuse(
-                submit,
-                400,
-                "context_length_exceeded",
+            message = (
                 f"prompt and max_tokens together are {most} tokens, the KV memory holds {room}: "
-                "ask for fewer, or serve with more --kv-memory",
+                "ask for fewer, or serve with more --kv-memory"
             )
+            self._fail(entry, 400, "context_length_exceeded", message)
             return
-        entry.sequence = ledger.sequence_of(entry.admit())
-        insort(self._waiting, entry.sequence, key=self._order)
+        sequence = entry.sequence = ledger.sequence_of(entry.admit())
+        sequence.priority, sequence.tenant, sequence.arrived = submit.priority, submit.tenant, entry.arrived
+        sequence.suspect = entry.suspect
+        self._waiting.add(sequence)
 
     def _refuse(self, submit: Submit, status: int, code: str, message: str, retry_after: float | None = None) -> None:
         self._meters.refused(code)
         self._process.send(submit.reply_to, Refused(submit.request, status, code, message, retry_after))
 
     def _cancel(self, request: int, reason: str) -> None:
-        entry = self._journal.close(request)
-        if entry is None:
-            return
-        self._meters.ended(reason)
-        self._tell_end(entry, entry.end(reason, time.monotonic()))
-        sequence = entry.sequence
-        if sequence is None or self._ledger is None:
-            return
-        if request in self._ledger.sequences:
-            self._aborts.append(request)
-        self._running = [other for other in self._running if other.request != request]
-        self._waiting = [other for other in self._waiting if other.request != request]
+        if entry := self._close(request, reason):
+            self._tell_end(entry, entry.end(reason, time.monotonic()))
 
-    def _order(self, sequence: Sequence) -> tuple[int, float]:
-        """Who comes first: a lower priority number, then an earlier arrival, however often it was preempted."""
-        entry = self._journal.get(sequence.request)
-        return (entry.submit.priority, entry.arrived) if entry else (0, 0.0)
+    def _close(self, request: int, why: str) -> Entry | None:
+        """A request is over by no doing of the workers': take it out of everything. None when it is not known."""
+        entry = self._forget(request, why)
+        if entry is not None and entry.sequence is not None and self._epoch is not None:
+            if request in self._epoch.ledger.sequences:
+                self._aborts.append(request)
+            self._running = [other for other in self._running if other.request != request]
+            self._waiting.discard(request)
+        return entry
+
+    def _forget(self, request: int, why: str) -> Entry | None:
+        entry = self._journal.close(request)
+        if entry is not None:
+            self._tenants.leave(entry.submit.tenant)
+            self._meters.ended(why)
+            self._timelines.add(entry, why, time.monotonic())
+        return entry
 
     # Steps
 
-    def _start_step(self, ledger: Ledger) -> None:
+    def _start_step(self, epoch: Epoch) -> None:
         """Write the next plan, apply it to the mirror and send it to every rank."""
-        decision = plan(ledger, self._running, self._waiting, self._limits)
+        ledger = epoch.ledger
+        decision = plan(ledger, self._running, self._waiting, self._limits, self._speed, self._tenants)
         if not decision.run and not decision.preempt and not self._aborts:
             return
         message = Plan(
-            epoch=self._epoch,
+            epoch=epoch.number,
             step=ledger.step,
             digest=ledger.digest,
             abort=self._aborts,
@@ -213,39 +274,38 @@ class Scheduler:
             lookahead=decision.lookahead if any(decision.lookahead) else [],
         )
         self._aborts = []
-        self._put_in_flight(message, ledger)
+        self._fly(epoch, message)
         for name in self._ranks.names:
             self._process.send(name, message)
         if decision.preempt:
             self._preempted(decision.preempt)
         if decision.start:
             now = time.monotonic()
-            started = {sequence.request for sequence in decision.start}
-            self._waiting = [sequence for sequence in self._waiting if sequence.request not in started]
-            for request in started:
-                self._started(ledger.sequences[request], now)
+            for sequence in decision.start:
+                self._waiting.discard(sequence.request)
+                self._started(ledger.sequences[sequence.request], sequence, now)
 
-    def _look_ahead(self, ledger: Ledger) -> None:
+    def _look_ahead(self, epoch: Epoch) -> None:
         """Send the plan after the one in flight, if its result cannot change it."""
-        decision = plan_ahead(ledger, self._rows, self._running, self._limits)
+        decision = plan_ahead(epoch.ledger, epoch.rows, self._running, self._limits)
         if not decision.run:
             return
         run = [sequence.request for sequence, _ in decision.run]
         lookahead = decision.lookahead if any(decision.lookahead) else []
-        self._ahead = Plan(self._epoch, ledger.step + 1, 0, [], [], [], run, [1] * len(run), ahead=True, lookahead=lookahead)
+        epoch.ahead = Plan(epoch.number, epoch.ledger.step + 1, 0, [], [], [], run, [1] * len(run), ahead=True, lookahead=lookahead)
         for name in self._ranks.names:
-            self._process.send(name, self._ahead)
+            self._process.send(name, epoch.ahead)
 
-    def _put_in_flight(self, message: Plan, ledger: Ledger) -> None:
-        self._rows = ledger.apply(message)
-        self._digests.append((message.step, ledger.digest))
-        self._in_flight = message
-        self._meters.step_tokens.observe(sum(row.length for row in self._rows))
+    def _fly(self, epoch: Epoch, message: Plan) -> None:
+        epoch.fly(message)
+        self._meters.step_tokens.observe(sum(row.length for row in epoch.rows))
 
-    def _started(self, sequence: Sequence, now: float) -> None:
-        """A waiting request has its pages."""
+    def _started(self, sequence: Sequence, queued: Sequence, now: float) -> None:
+        """A waiting request has its pages. The ledger's sequence takes over what the scheduler noted on the queued one."""
         entry = self._entry(sequence.request)
         entry.sequence = sequence
+        sequence.priority, sequence.tenant, sequence.arrived = queued.priority, queued.tenant, queued.arrived
+        sequence.suspect = entry.suspect
         if self._drafts:
             sequence.lookahead = entry.pace.lookahead
         entry.cached = max(entry.cached, min(sequence.cached, sequence.prompt))
@@ -254,43 +314,46 @@ class Scheduler:
             self._meters.queue_time.observe(now - entry.arrived)
             self._meters.prompt_tokens.add(sequence.prompt)
             self._meters.cached_tokens.add(sequence.cached)
-        insort(self._running, sequence, key=self._order)
+        insort(self._running, sequence, key=_arrival)
 
     def _preempted(self, victims: list[Sequence]) -> None:
         gone = {sequence.request for sequence in victims}
         self._running = [sequence for sequence in self._running if sequence.request not in gone]
         for sequence in victims:
             self._entry(sequence.request).preemptions += 1
-            insort(self._waiting, sequence, key=self._order)
+            self._waiting.add(sequence)
         self._meters.preemptions.add(len(victims))
 
     def _take_result(self, result: StepResult) -> None:
         """Commit a step to the mirror and hand out what it emitted."""
-        ledger = self._ledger
-        if ledger is None or result.epoch != self._epoch:
-            return
-        if result.step > self._digests[-1][0]:
-            self._early.append(result)
-            return
-        if not self._agrees(result) or result.rank != 0 or self._in_flight is None or result.step != self._in_flight.step:
+        epoch = self._epoch
+        if epoch is None or result.epoch != epoch.number or not 0 <= result.rank < len(self._ranks.names):
             return
         try:
-            ended = {end.sequence.request: end for end in ledger.commit(result)}
-        except LedgerError as error:
-            self._diverged(str(error))
-            return
-        now = time.monotonic()
-        self._in_flight, ahead, self._ahead = None, self._ahead, None
-        self._meters.step(result)
-        self._last_step = now
-        if self._drafts:
-            self._count_drafts(result, ledger)
-        self._hand_out(result, ended, now)
-        if ahead is not None:
-            self._put_in_flight(ahead, ledger)
-            early, self._early = self._early, []
-            for other in early:
-                self._take_result(other)
+            for step, ended, rows in epoch.land(result):
+                self._last_step = now = time.monotonic()
+                self._meters.step(step)
+                self._account(step, rows, now)
+                if self._drafts:
+                    self._count_drafts(step, epoch.ledger)
+                self._hand_out(step, {end.sequence.request: end for end in ended}, now)
+        except Divergence as divergence:
+            self._diverged(str(divergence))
+
+    def _account(self, result: StepResult, rows: list[Row], now: float) -> None:
+        """Note whom the step served, and how long that took."""
+        decodes = chunk = 0
+        for row in rows:
+            sequence = row.sequence
+            if row.start >= sequence.prompt:
+                decodes += 1
+            else:
+                chunk += row.length
+                self._tenants.charge(sequence.tenant, row.length, 0)
+                if entry := self._journal.get(sequence.request):
+                    entry.chunks += 1
+        self._speed.observe(decodes, chunk, result.times.total * 1e-9)
+        self._work.add(decodes + chunk, now)
 
     def _count_drafts(self, result: StepResult, ledger: Ledger) -> None:
         """Learn from what became of the drafts how many to ask for."""
@@ -301,14 +364,6 @@ class Scheduler:
                 entry.pace.verified(drafted, accepted)
                 if sequence := ledger.sequences.get(request):
                     sequence.lookahead = entry.pace.lookahead
-
-    def _agrees(self, result: StepResult) -> bool:
-        """Whether the rank's ledger was the mirror in that step. If not, its epoch is over."""
-        for step, digest in self._digests:
-            if step == result.step and digest != result.digest:
-                self._diverged(f"rank {result.rank} has ledger digest {result.digest:x} in step {step}, the scheduler {digest:x}")
-                return False
-        return True
 
     def _hand_out(self, result: StepResult, ended: dict[int, Ended], now: float) -> None:
         journal = self._journal
@@ -326,6 +381,11 @@ class Scheduler:
                     outgoing.tokens.append(token)
                     emitted.append(token)
                 self._meters.emitted_tokens.add(count_taken)
+                self._tenants.charge(entry.submit.tenant, 0, count_taken)
+                if entry.first_token is None:
+                    entry.first_token = now
+                if entry.deaths and entry.sequence is not None:
+                    entry.sequence.suspect = entry.suspect
             position += count
         for scores in result.logprobs:
             if entry := journal.get(scores.request):
@@ -337,8 +397,7 @@ class Scheduler:
                 self._outgoing_for(entry.reply_to).prompt_logprobs.append(scores)
         if ended:
             for request, end in ended.items():
-                if entry := journal.close(request):
-                    self._meters.ended(end.reason)
+                if entry := self._forget(request, end.reason):
                     if end.reason == "error":
                         self._process.send(entry.reply_to, Refused(request, 500, "invalid_logits", NO_LOGITS))
                     else:
@@ -349,8 +408,8 @@ class Scheduler:
     def _outgoing_for(self, name: str) -> Tokens:
         tokens = self._outgoing.get(name)
         if tokens is None:
-            step = self._ledger.step if self._ledger else 0
-            tokens = self._outgoing[name] = Tokens(self._epoch, step, [], [], [], [], [], [])
+            step = self._epoch.ledger.step if self._epoch else 0
+            tokens = self._outgoing[name] = Tokens(self._last_epoch, step, [], [], [], [], [], [])
         return tokens
 
     def _tell_end(self, entry: Entry, end: TokenEnd) -> None:
@@ -365,25 +424,34 @@ class Scheduler:
 
     def _begin_epoch(self) -> None:
         """All ranks are up: start with empty pages, and queue every live request with the tokens it has."""
-        self._epoch += 1
+        self._last_epoch += 1
         begin = Begin(
-            self._epoch, self._ranks.pages, self._ranks.page_size, self._process.model.end_tokens, self._process.config.prefix_cache
+            self._last_epoch, self._ranks.pages, self._ranks.page_size, self._process.model.end_tokens, self._process.config.prefix_cache
         )
         for name in self._ranks.names:
             self._process.send(name, begin)
-        self._ledger = Ledger(begin)
+        self._epoch = Epoch(begin, len(self._ranks.names))
         for entry in self._journal.entries():
-            self._enqueue(entry, self._ledger)
+            self._enqueue(entry, self._epoch.ledger)
 
     def _leave_epoch(self) -> None:
         """A rank is gone: nothing of the mirror is true any more."""
-        self._ledger = None
-        self._in_flight = self._ahead = None
-        self._digests.clear()
-        self._early.clear()
-        self._running, self._waiting, self._aborts = [], [], []
+        self._epoch = None
+        self._running, self._aborts = [], []
+        self._waiting.clear()
         for entry in self._journal.entries():
             entry.sequence = None
+
+    def _implicate(self, crashed: bool) -> None:
+        """A rank has died: what ran in its step may have been why."""
+        if self._epoch is None or self._epoch.in_flight is None:
+            return
+        for row in self._epoch.rows:
+            entry = self._journal.get(row.sequence.request)
+            if entry is not None and entry.implicate(crashed):
+                log.error("request %016x is not run again: %d workers died while they ran it", row.sequence.request, entry.deaths)
+                self._meters.quarantines.add()
+                self._fail(entry, 500, "quarantined", QUARANTINED)
 
     def _diverged(self, what: str) -> None:
         """The ranks' ledgers and the mirror disagree: no page table can be trusted, so the ranks start again."""
@@ -391,77 +459,6 @@ class Scheduler:
         self._meters.divergences.add()
         self._leave_epoch()
         self._process.send(SUPERVISOR, Restart(tuple(self._ranks.names), what))
-
-
-class Rate:
-    """Events a second over about the last ten seconds, older ones fading."""
-
-    MEMORY = 10.0
-
-    def __init__(self) -> None:
-        self._weight = 0.0
-        self._at = 0.0
-
-    def add(self, events: int, now: float) -> None:
-        self._weight = self.per_second(now) * self.MEMORY + events
-        self._at = now
-
-    def per_second(self, now: float) -> float:
-        return self._weight * math.exp((self._at - now) / self.MEMORY) / self.MEMORY
-
-
-class Meters:
-    """What the scheduler measures."""
-
-    def __init__(self, process: Process) -> None:
-        metrics = self._metrics = process.metrics
-        self.queue_time = metrics.histogram("headrace_queue_seconds", "From arrival at the scheduler to the first step.")
-        self.preemptions = metrics.counter("headrace_preemptions_total", "Requests that gave up their pages and waited again.")
-        self.divergences = metrics.counter("headrace_divergences_total", "Steps in which a rank's ledger differed from the scheduler's.")
-        self.prompt_tokens = metrics.counter("headrace_prompt_tokens_total", "Prompt tokens of requests that were started.")
-        self.cached_tokens = metrics.counter("headrace_prefix_hit_tokens_total", "Prompt tokens that the prefix cache gave.")
-        self.emitted_tokens = metrics.counter("headrace_generated_tokens_total", "Tokens emitted.")
-        self._drafted = metrics.counter("headrace_draft_tokens_total", "Tokens that were drafted and verified.")
-        self._accepted = metrics.counter("headrace_accepted_draft_tokens_total", "Drafted tokens that proved right.")
-        self._acceptance = metrics.histogram(
-            "headrace_acceptance_length",
-            "Tokens that a request emitted in a step in which drafts were verified.",
-            (1, 2, 3, 4, 5, 6, 7, 8, 9),
-        )
-        self.step_tokens = metrics.histogram(
-            "headrace_step_tokens", "Tokens computed in a step.", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-        )
-        self._step_time = metrics.histogram("headrace_step_seconds", "A step on the worker, from plan to result.", SECONDS)
-        self._forward_time = metrics.histogram("headrace_forward_seconds", "The model's part of a step.", SECONDS)
-        self._running = metrics.gauge("headrace_requests_running", "Requests that have pages.")
-        self._waiting = metrics.gauge("headrace_requests_waiting", "Requests that wait for pages.")
-        self._pages = {
-            state: metrics.gauge("headrace_kv_pages", "KV pages by state.", (("state", state),)) for state in ("used", "cached", "free")
-        }
-
-    def step(self, result: StepResult) -> None:
-        self._step_time.observe(result.times.total * 1e-9)
-        self._forward_time.observe(result.times.forward * 1e-9)
-
-    def drafts(self, drafted: int, accepted: int) -> None:
-        if drafted:
-            self._drafted.add(drafted)
-            self._accepted.add(accepted)
-            self._acceptance.observe(accepted + 1)
-
-    def ended(self, reason: str) -> None:
-        self._metrics.counter("headrace_requests_ended_total", "Requests that ended, by reason.", labels=(("reason", reason),)).add()
-
-    def refused(self, code: str) -> None:
-        self._metrics.counter("headrace_requests_refused_total", "Requests refused, by cause.", labels=(("cause", code),)).add()
-
-    def show(self, ledger: Ledger | None, running: int, waiting: int) -> None:
-        self._running.set(running)
-        self._waiting.set(waiting)
-        if ledger:
-            self._pages["free"].set(len(ledger.pool))
-            self._pages["cached"].set(ledger.tree.idle)
-            self._pages["used"].set(ledger.pool.total - ledger.available)
 
 
 async def build(process: Process) -> Scheduler:

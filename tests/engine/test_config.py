@@ -66,13 +66,15 @@ def test_every_setting_can_be_given_as_text(source):
         "kernels": "reference", "activations": "f32", "max_context": "4096", "page_size": "32", "kv_memory": "2GiB",
         "kv_dtype": "f32", "prefix_cache": "no", "draft": "ngram",
         "max_running": "8", "max_step_tokens": "64", "max_waiting": "1", "tokenizers": "2", "tensor_parallel": "1", "drain_timeout": "0.5",
-        "log_level": "debug",
+        "log_level": "debug", "step_target": "0.1", "max_waiting_tokens": "99", "request_timeout": "1.5", "hang_timeout": "2",
+        "max_restarts": "0", "request_log": "-",
     }  # fmt: skip
     expected = Config(
         model="m.gguf", revision="main", served_model_name="x", host="::1", port=0, api_key="k", threads=3, kernels="reference",
         activations="f32", max_context=4096, page_size=32, kv_memory="2GiB", kv_dtype="f32",
         prefix_cache=False, draft="ngram", max_running=8, max_step_tokens=64,
         max_waiting=1, tokenizers=2, tensor_parallel=1, drain_timeout=0.5, log_level="debug",
+        step_target=0.1, max_waiting_tokens=99, request_timeout=1.5, hang_timeout=2.0, max_restarts=0, request_log="-",
     )  # fmt: skip
     assert set(values) == set(SETTINGS)
     given_ = (values, {}) if source == "flags" else ({}, {SETTINGS[name].variable: value for name, value in values.items()})
