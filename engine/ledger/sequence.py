@@ -59,7 +59,7 @@ class Sequence:
         self.lookahead = 0
         """How many drafts a step should verify behind its next token."""
         self.suspect = False
-        """A worker died while it ran it, and it has emitted nothing since: it runs in no step with another suspect."""
+        """Workers may have died of it: it runs alone."""
 
         self._chain: list[int] = []
         self.nodes: list[Node] = []

@@ -8,9 +8,7 @@ from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.steps import Admit
 from headrace.engine.messages.tokens import PromptLogprobs, Submit, TokenEnd, TokenLogprobs
 from headrace.engine.scheduler.pace import Pace
-
-CRASHES, KILLS = 2, 4
-"""Deaths of workers in its company after which a request is not run again: if the last was a crash, and if it was killed from outside."""
+from headrace.engine.scheduler.suspicion import Suspicion
 
 
 class Entry:
@@ -20,8 +18,6 @@ class Entry:
         "arrived",
         "cached",
         "chunks",
-        "deaths",
-        "died_at",
         "emitted",
         "first_token",
         "logprobs",
@@ -32,6 +28,7 @@ class Entry:
         "sequence",
         "started",
         "submit",
+        "suspicion",
         "worker_deaths",
     )
 
@@ -54,10 +51,7 @@ class Entry:
         self.preemptions = 0
         self.worker_deaths = 0
         """Workers that died in a step that ran it."""
-        self.deaths = 0
-        """Those since it last emitted a token."""
-        self.died_at = -1
-        """Tokens it had emitted when the last of them died."""
+        self.suspicion = Suspicion()
         self.pace = Pace()
         self.sequence: Sequence | None = None
         """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs."""
@@ -67,21 +61,10 @@ class Entry:
         submit = self.submit
         return Admit(submit.request, submit.prompt, self.emitted, submit.sampling, submit.seed)
 
-    def implicate(self, crashed: bool) -> bool:
-        """A worker died in a step that ran it. True when it must have been this request's doing.
-
-        A suspect is the only one in its step, so a second death in its company is proof, if the worker crashed. Was it killed, then whoever
-        did that may have hit its steps by chance, and it takes more.
-        """
-        self.worker_deaths += 1
-        alone = self.suspect
-        self.deaths = self.deaths + 1 if alone else 1
-        self.died_at = len(self.emitted)
-        return alone and self.deaths >= (CRASHES if crashed else KILLS)
-
     @property
     def suspect(self) -> bool:
-        return self.deaths > 0 and self.died_at == len(self.emitted)
+        """Whether it must run alone; see `suspicion.py`."""
+        return self.suspicion.alone(len(self.emitted))
 
     def end(self, reason: str, now: float) -> TokenEnd:
         """Its last message. `reason` as in `TokenEnd`."""

@@ -11,7 +11,7 @@ long as nobody needs the room). So does the last request of a tenant with more t
 
 Many newcomers with the same new prefix: the first computes it, the others wait for its pages instead of computing them too.
 
-Suspects, in whose company a worker died, run one at a time: should another die, it is known why.
+Suspects, of whom a worker may have died, run alone: should another die, it is known why.
 """
 
 from collections.abc import Collection, Iterable
@@ -24,7 +24,7 @@ from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
 
 MOST_PASSED_OVER = 64
-"""Waiting requests that a step looks past because they wait for a prefix, or for another suspect."""
+"""Waiting requests that a step looks past because they wait for a prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ def plan(
     `waiting` may be known to the ledger already (it was preempted). `speed` limits what may run beside decodes. `tenants` are needed
     where there are several. Nothing is changed.
     """
+    if alone := _suspect_alone(ledger, running, waiting, limits):
+        return alone
     decision = Decision()
     tenants = tenants if tenants is not None and tenants.live > 1 else None
     if tenants and waiting:
@@ -132,9 +134,31 @@ def plan(
             decision.lookahead.append(0)
 
     if waiting and budget and not preempted:
-        suspected = any(sequence.suspect for sequence in left)
-        _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget, suspected)
+        _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget)
     return decision
+
+
+def _suspect_alone(ledger: Ledger, running: Series[Sequence], waiting: Iterable[Sequence], limits: Limits) -> Decision | None:
+    """A step for a suspect, if there is one that has pages or can have them."""
+    suspect = next((sequence for sequence in running if sequence.suspect), None)
+    if suspect is not None:
+        available, victims = ledger.available, []
+        for victim in reversed(running):
+            if len(suspect.pages) + available >= ledger.pages_for(suspect.computed + 1):
+                break
+            if victim is not suspect:
+                victims.append(victim)
+                available += ledger.pages_freed_by(victim)
+        room = (len(suspect.pages) + available) * ledger.page_size - suspect.computed
+        return Decision(victims, run=[(suspect, min(suspect.remaining, limits.max_step_tokens, room))], lookahead=[0])
+    suspect = next(iter(waiting), None)
+    if suspect is None or not suspect.suspect or len(running) >= limits.max_running:
+        return None
+    path = ledger.match_path(suspect)
+    if _pages_to_start(ledger, suspect) - len(path) + sum(node.users == 0 for node in path) > ledger.available:
+        return None
+    length = min(len(suspect.tokens) - len(path) * ledger.page_size, limits.max_step_tokens)
+    return Decision(start=[suspect], run=[(suspect, length)], lookahead=[0])
 
 
 def _make_place(ledger: Ledger, running: Series[Sequence], head: Sequence, limits: Limits, tenants: Tenants) -> list[Sequence]:
@@ -212,7 +236,6 @@ def _admit(
     places: int,
     available: int,
     budget: int,
-    suspected: bool,
 ) -> None:
     """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out."""
     size = ledger.page_size
@@ -226,9 +249,8 @@ def _admit(
     for sequence in waiting:
         if places <= 0 or budget <= 0 or passed_over == MOST_PASSED_OVER:
             return
-        if sequence.suspect and suspected:
-            passed_over += 1
-            continue
+        if sequence.suspect:
+            return  # there was no room for it alone, and in company it must not run
         path = ledger.match_path(sequence)
         most = sequence.may_match // size
         if len(path) < most and sequence.chain(size)[len(path)] in coming:
@@ -241,7 +263,6 @@ def _admit(
         available -= pages
         locked.update(idle)
         places -= 1
-        suspected = suspected or sequence.suspect
         length = min(len(sequence.tokens) - len(path) * size, budget)
         budget -= length
         coming.update(sequence.chain(size)[len(path) :])

@@ -1,9 +1,10 @@
 """Requests that wait for pages, in the order in which they are to be served.
 
-    priority ─▶ tenant with the lowest counter ─▶ earliest arrival
+    suspect ─▶ priority ─▶ tenant with the lowest counter ─▶ earliest arrival
 
-The order between tenants changes with every step, that within a tenant never does: so there is a sorted list for each tenant and priority,
-and an iteration merges their heads. It costs what it yields, not what waits.
+Suspects come first, so that they are cleared or convicted soon. The order between tenants changes with every step, that within a tenant
+never does: so there is a sorted list for each tenant and priority, and an iteration merges their heads. It costs what it yields, not what
+waits.
 """
 
 from bisect import bisect_left, insort
@@ -18,11 +19,15 @@ def _arrival(sequence: Sequence) -> tuple[float, int]:
     return sequence.arrived, sequence.request
 
 
+def _class(sequence: Sequence) -> tuple[bool, int]:
+    return not sequence.suspect, sequence.priority
+
+
 class Queue:
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
-        self._lines: dict[int, dict[str, list[Sequence]]] = {}
-        """By priority, then by tenant: sorted by arrival, none of them empty."""
+        self._lines: dict[tuple[bool, int], dict[str, list[Sequence]]] = {}
+        """By suspicion and priority, then by tenant: sorted by arrival, none of them empty."""
         self._all: dict[int, Sequence] = {}
         self.prompt_tokens = 0
         """Of all that wait."""
@@ -34,7 +39,7 @@ class Queue:
         return request in self._all
 
     def add(self, sequence: Sequence) -> None:
-        line = self._lines.setdefault(sequence.priority, {}).setdefault(sequence.tenant, [])
+        line = self._lines.setdefault(_class(sequence), {}).setdefault(sequence.tenant, [])
         insort(line, sequence, key=_arrival)
         self._all[sequence.request] = sequence
         self.prompt_tokens += sequence.prompt
@@ -45,13 +50,13 @@ class Queue:
         if sequence is None:
             return
         self.prompt_tokens -= sequence.prompt
-        lines = self._lines[sequence.priority]
+        lines = self._lines[_class(sequence)]
         line = lines[sequence.tenant]
         del line[bisect_left(line, _arrival(sequence), key=_arrival)]
         if not line:
             del lines[sequence.tenant]
             if not lines:
-                del self._lines[sequence.priority]
+                del self._lines[_class(sequence)]
 
     def clear(self) -> None:
         self._lines.clear()
@@ -60,8 +65,8 @@ class Queue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """In the order of service, if each is served as it is yielded: its tenant's next comes after what others are due."""
-        for priority in sorted(self._lines):
-            heads = [(self._tenants.served(tenant), line[0].arrived, tenant, 0, line) for tenant, line in self._lines[priority].items()]
+        for _, lines in sorted(self._lines.items()):
+            heads = [(self._tenants.served(tenant), line[0].arrived, tenant, 0, line) for tenant, line in lines.items()]
             heapify(heads)
             while heads:
                 served, _, tenant, place, line = heads[0]

@@ -27,6 +27,7 @@ from headrace.engine.process import Process, main
 from headrace.engine.scheduler.epoch import Divergence, Epoch
 from headrace.engine.scheduler.journal import Entry, Journal
 from headrace.engine.scheduler.meters import Meters, Rate
+from headrace.engine.scheduler.pace import MOST as MOST_DRAFTS
 from headrace.engine.scheduler.plan import Limits, plan, plan_ahead
 from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.ranks import Ranks
@@ -384,7 +385,7 @@ class Scheduler:
                 self._tenants.charge(entry.submit.tenant, 0, count_taken)
                 if entry.first_token is None:
                     entry.first_token = now
-                if entry.deaths and entry.sequence is not None:
+                if entry.worker_deaths and entry.sequence is not None:
                     entry.sequence.suspect = entry.suspect
             position += count
         for scores in result.logprobs:
@@ -446,10 +447,15 @@ class Scheduler:
         """A rank has died: what ran in its step may have been why."""
         if self._epoch is None or self._epoch.in_flight is None:
             return
+        # The result of the step in flight may be lost with it, and the rank may have been in the step after that.
+        lost = 2 * (1 + MOST_DRAFTS) if self._drafts else 2
         for row in self._epoch.rows:
             entry = self._journal.get(row.sequence.request)
-            if entry is not None and entry.implicate(crashed):
-                log.error("request %016x is not run again: %d workers died while they ran it", row.sequence.request, entry.deaths)
+            if entry is None:
+                continue
+            entry.worker_deaths += 1
+            if entry.suspicion.implicate(crashed, len(entry.emitted), lost):
+                log.error("request %016x is not run again: %d workers died while they ran it", row.sequence.request, entry.worker_deaths)
                 self._meters.quarantines.add()
                 self._fail(entry, 500, "quarantined", QUARANTINED)
 

@@ -96,7 +96,7 @@ class Stage:
     def start_scheduler(self) -> Scheduler:
         return self._open("scheduler", ToScheduler | FromWorker, Scheduler)
 
-    def kill(self, name: str) -> None:
+    def kill(self, name: str, by_itself: bool = False) -> None:
         """End an actor without a word, and let the others know as the supervisor would."""
         process, mailbox, _ = self._actors.pop(name)
         mailbox.close()
@@ -106,7 +106,7 @@ class Stage:
         for other_process, _, actor in list(self._actors.values()):
             other_process.post.forget(name)
             if not isinstance(actor, Recorder):
-                actor.receive(PeerDied(name))
+                actor.receive(PeerDied(name, by_itself))
 
     def actor(self, name: str):
         return self._actors[name][2]

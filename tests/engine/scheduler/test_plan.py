@@ -8,6 +8,9 @@ from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult, StepTimes
 from headrace.engine.scheduler.plan import Decision, Limits, plan
+from headrace.engine.scheduler.queue import Queue
+from headrace.engine.scheduler.speed import Speed
+from headrace.engine.scheduler.tenants import Tenants
 
 PAGE = 4
 
@@ -19,27 +22,38 @@ class Trace:
         self.ledger = Ledger(Begin(1, pages, PAGE, (), prefix_cache))
         self.limits = limits
         self.lookahead = lookahead
+        self.tenants = Tenants()
+        self.speed: Speed | None = None
         self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
+        self.waiting = Queue(self.tenants)
         self.admits: dict[int, Admit] = {}
+        self.tenant_of: dict[int, str] = {}
         self.aborts: list[int] = []
         self.finished: dict[int, list[int]] = {}
         self.steps = 0
 
-    def submit(self, request: int, prompt: list[int], max_tokens: int) -> None:
+    def submit(self, request: int, prompt: list[int], max_tokens: int, tenant: str = "", priority: int = 0, suspect: bool = False) -> None:
         admit = Admit(request, prompt, [], Sampling(max_tokens=max_tokens), request)
         self.admits[request] = admit
-        self.waiting.append(self.ledger.sequence_of(admit))
+        sequence = self.ledger.sequence_of(admit)
+        sequence.tenant, sequence.priority, sequence.suspect, sequence.arrived = tenant, priority, suspect, float(request)
+        self.tenants.arrive(tenant)
+        self.tenant_of[request] = tenant
+        self.waiting.add(sequence)
 
     def abort(self, request: int) -> None:
         if request in self.ledger.sequences:
             self.aborts.append(request)
         self.running = [s for s in self.running if s.request != request]
-        self.waiting = [s for s in self.waiting if s.request != request]
-        self.admits.pop(request, None)
+        self.waiting.discard(request)
+        self.leave(request)
+
+    def leave(self, request: int) -> None:
+        if self.admits.pop(request, None):
+            self.tenants.leave(self.tenant_of[request])
 
     def decide(self) -> Decision:
-        return plan(self.ledger, self.running, self.waiting, self.limits)
+        return plan(self.ledger, self.running, self.waiting, self.limits, self.speed, self.tenants)
 
     def step(self) -> Decision:
         ledger = self.ledger
@@ -61,13 +75,19 @@ class Trace:
         ledger.check()
         gone = {s.request for s in decision.preempt}
         self.running = [s for s in self.running if s.request not in gone]
-        self.waiting = sorted([*decision.preempt, *self.waiting], key=lambda s: s.request)
-        for sequence in decision.start:
-            self.waiting.remove(sequence)
-            self.running.append(ledger.sequences[sequence.request])
-            self.running[-1].lookahead = self.lookahead
-        self.running.sort(key=lambda s: s.request)
+        for queued in decision.start:
+            self.waiting.discard(queued.request)
+            sequence = ledger.sequences[queued.request]
+            sequence.tenant, sequence.priority, sequence.arrived = queued.tenant, queued.priority, queued.arrived
+            sequence.suspect, sequence.lookahead = queued.suspect, self.lookahead
+            self.running.append(sequence)
+        for victim in decision.preempt:
+            self.waiting.add(victim)
+        self.running.sort(key=lambda s: (s.priority, s.arrived))
         assert len(self.running) <= self.limits.max_running
+        assert len(rows) == 1 or not any(row.sequence.suspect for row in rows)
+        for row in rows:
+            self.tenants.charge(row.sequence.tenant, row.length, 0)
         emitting = [row for row in rows if row.emits]
         # Of the drafts there was room for, as many prove right as it happens.
         counts = [1 + hash((row.sequence.request, self.steps)) % (row.lookahead + 1) for row in emitting]
@@ -83,7 +103,9 @@ class Trace:
             sequence = end.sequence
             self.finished[sequence.request] = sequence.tokens[sequence.prompt :]
             self.running.remove(sequence)
-            del self.admits[sequence.request]
+            self.leave(sequence.request)
+        for row in emitting:
+            row.sequence.suspect = False
         ledger.check()
         self.steps += 1
         return decision
@@ -197,6 +219,71 @@ def test_a_request_goes_on_without_drafts_where_their_pages_would_cost_another_i
     assert {request: len(tokens) for request, tokens in trace.finished.items()} == {1: 8, 2: 1}
 
 
+def test_suspects_run_alone_until_they_are_cleared():
+    trace = Trace(256, Limits(32, 64))
+    for request in range(1, 5):
+        trace.submit(request, [request] * 3, 4, suspect=request < 4)
+    alone = [{s.request for s, _ in trace.step().run} for _ in range(3)]
+    assert alone == [{1}, {2}, {3}]
+    assert {s.request for s, _ in trace.step().run} == {1, 2, 3, 4}, "all are cleared"
+
+
+def test_tenants_with_many_requests_and_with_few_are_served_alike():
+    trace = Trace(1024, Limits(64, 32))
+    for request in range(1, 41):
+        trace.submit(request, [request] * 20, 4, tenant="many")
+    for _ in range(4):
+        trace.step()
+    trace.submit(50, [50] * 20, 4, tenant="few")
+    started = 0
+    while 50 not in {sequence.request for sequence in trace.running}:
+        started += len(trace.step().start)
+    assert started <= 3, "it need not wait for the queue of the others"
+
+
+def test_a_tenant_with_more_than_its_share_of_the_places_gives_one_up():
+    trace = Trace(1024, Limits(4, 32))
+    for request in range(1, 9):
+        trace.submit(request, [request] * 4, 100, tenant="many")
+    for _ in range(4):
+        trace.step()
+    trace.submit(50, [50] * 4, 100, tenant="few")
+    trace.submit(51, [51] * 4, 100, tenant="few")
+    trace.submit(52, [52] * 4, 100, tenant="few")
+    gone = [sequence.request for _ in range(30) for sequence in trace.step().preempt]
+    assert gone == [4, 3], "the latest of those with too many, and no more than the share"
+    assert sorted(sequence.tenant for sequence in trace.running) == ["few", "few", "many", "many"]
+
+
+def test_a_prompt_of_a_tenant_that_got_less_takes_most_of_the_budget():
+    trace = Trace(1024, Limits(64, 16))
+    for request in range(1, 15):
+        trace.submit(request, [request], 200, tenant="many")
+    while trace.waiting:
+        trace.step()
+    for _ in range(5):
+        trace.step()
+    trace.submit(50, [50] * 60, 4, tenant="few")
+    first = {sequence.request: length for sequence, length in trace.step().run}
+    assert first.pop(50) == 12
+    assert len(first) == 4
+
+
+def test_chunks_beside_decodes_are_as_long_as_the_measured_pause_allows():
+    trace = Trace(1024, Limits(64, 256))
+    trace.speed = Speed(0.05)
+    trace.submit(1, [1] * 100, 100)
+    assert dict(trace.step().run).popitem()[1] == 100, "nobody decodes"
+    trace.speed.observe(0, 100, 0.1)  # a millisecond a token
+    for _ in range(3):
+        trace.step()
+        trace.speed.observe(1, 0, 0.01)
+    trace.submit(2, [2] * 200, 4)
+    assert [length for _, length in trace.step().run] == [1, 40], "0.01 s for the decode, 0.04 s for the chunk"
+    trace.speed.observe(1, 40, 0.09)  # slower than it was thought
+    assert [length for _, length in trace.step().run][1] < 40
+
+
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
@@ -210,7 +297,8 @@ def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
     for request in range(1, data.draw(st.integers(1, 14), label="requests") + 1):
         prompt = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=18), label="prompt")
         most = data.draw(st.integers(0, min(12, pages * PAGE - len(prompt))), label="max_tokens")
-        trace.submit(request, prompt, most)
+        tenant, suspect = data.draw(st.sampled_from(["", "", "a", "b"]), label="tenant"), data.draw(st.booleans(), label="suspect")
+        trace.submit(request, prompt, most, tenant, data.draw(st.integers(0, 1), label="priority"), suspect)
         submitted[request] = most
         for _ in range(data.draw(st.integers(0, 3), label="steps between")):
             trace.step()

@@ -1,5 +1,11 @@
 """The scheduler's process and the fake worker's, over real sockets: serving, ending, refusing, recovering."""
 
+import asyncio
+import json
+import time
+from collections.abc import Callable
+
+import msgspec
 import pytest
 
 from headrace.engine.messages.lifecycle import Drain, Drained, Restart
@@ -323,3 +329,96 @@ async def test_a_second_rank_whose_ledger_differs_is_found_out_while_plans_are_a
     restart = next(m for m in stage.supervisor.messages if isinstance(m, Restart))
     assert "rank 1" in restart.why
     assert f"in step {flipped[0]}" in restart.why
+
+
+def poisoned(stage: Stage, poison: int, by_itself: bool, at: int = 3) -> tuple[list[int], Callable]:
+    """A way to start workers that die in the step in which the request `poison` would emit its token number `at`; and their deaths."""
+    deaths: list[int] = []
+
+    def fail(worker):
+        step = worker._runner.step
+
+        def spoiled(rows):
+            if any(row.sequence.request == poison and row.emits and row.sequence.emitted == at for row in rows):
+                deaths.append(len(rows))
+                asyncio.get_running_loop().call_soon(die)
+                raise Dying
+            return step(rows)
+
+        worker._runner.step = spoiled
+
+    def die():
+        stage.kill("worker-0", by_itself)
+        stage.start_worker(spoil=fail)
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    return deaths, lambda: stage.start_worker(spoil=fail)
+
+
+class Dying(Exception):
+    """A worker's end in the middle of a step."""
+
+
+@pytest.mark.parametrize(("by_itself", "most"), [(True, 2), (False, 4)], ids=["crash", "kill"])
+async def test_a_request_that_kills_workers_ends_alone(stage, by_itself, most):
+    deaths, start_worker = poisoned(stage, 3, by_itself)
+    start_worker()
+    scheduler = stage.start_scheduler()
+    for request in range(1, 7):
+        stage.submit(request, [request] * 7, 20)
+    await stage.tokenizer.all_ended(range(1, 7))
+    assert len(deaths) == most
+    refused = stage.tokenizer.refused
+    assert list(refused) == [3]
+    assert (refused[3].status, refused[3].code) == (500, "quarantined")
+    assert stage.tokenizer.tokens == {request: expected(request, 20 if request != 3 else 3) for request in range(1, 7)}
+    assert scheduler._meters.quarantines.value == 1
+    assert scheduler._epoch.ledger.available == 64
+
+
+async def test_a_request_whose_time_is_up_ends_with_an_error_and_others_go_on(stage):
+    scheduler = stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 4, deadline=time.monotonic() + 0.05)
+    stage.submit(2, [1, 2, 3], 4)
+    await stage.tokenizer.until(lambda _: 1 in stage.tokenizer.refused)
+    assert stage.tokenizer.refused[1].status == 504
+    assert "before its first token" in stage.tokenizer.refused[1].message
+    stage.start_worker()
+    await stage.tokenizer.all_ended([2])
+    stage.submit(3, [1, 2, 3], 200, deadline=time.monotonic() + 60)
+    stage.submit(4, [4, 4, 4], 200, deadline=time.monotonic() - 1)
+    await stage.tokenizer.all_ended([3, 4])
+    assert stage.tokenizer.refused.keys() == {1, 4}
+    assert scheduler._epoch.ledger.available == 64
+
+
+@pytest.mark.parametrize("stage", [{"max_waiting_tokens": 1000, "max_step_tokens": 256}], indirect=True)
+async def test_a_queue_is_full_of_tokens_too(stage):
+    stage.start_scheduler()
+    stage.submit(1, [1] * 4000, 2)  # more than that is no reason to refuse who comes first
+    stage.submit(2, [1] * 10, 2)
+    await stage.tokenizer.until(lambda _: 2 in stage.tokenizer.refused)
+    assert stage.tokenizer.refused[2].status == 429
+    assert "4000 prompt tokens are waiting" in stage.tokenizer.refused[2].message
+
+
+async def test_the_request_log_tells_what_became_of_each(stage, tmp_path):
+    stage.config = msgspec.structs.replace(stage.config, request_log=str(tmp_path / "log"))
+    stage.start_worker(pages=16)
+    stage.start_scheduler()
+    stage.submit(1, list(range(30)), 8)
+    await stage.tokenizer.all_ended([1])
+    stage.submit(2, list(range(30)), 200)
+    await stage.tokenizer.until(lambda _: 2 in stage.tokenizer.refused)
+    stage.submit(3, list(range(30)), 4)
+    await stage.tokenizer.all_ended([3])
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(line["request"], line["ended"]) for line in lines] == [
+        ("0000000000000001", "length"),
+        ("0000000000000002", "context_length_exceeded"),
+        ("0000000000000003", "length"),
+    ]
+    assert lines[0]["emitted_tokens"] == 8
+    assert 0 <= lines[0]["queue_s"] <= lines[0]["first_token_s"] <= lines[0]["total_s"]
+    assert lines[1]["first_token_s"] is None
+    assert (lines[0]["cached_tokens"], lines[2]["cached_tokens"]) == (0, 28)
