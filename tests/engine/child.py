@@ -1,11 +1,13 @@
 """A child process for the supervisor's tests: `python -m tests.engine.child`. Its name says how it behaves."""
 
+import asyncio
 import os
+import select
 import signal
 import sys
 
 from headrace.engine.errors import UserError
-from headrace.engine.messages.lifecycle import Drain, Drained, EngineState, GetStatus, PeerDied, Status
+from headrace.engine.messages.lifecycle import Drain, Drained, EngineState, GetStatus, PeerDied, Progress, Status
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR
 from headrace.engine.process import Process, main
@@ -38,6 +40,15 @@ class Plain:
         pass
 
 
+def first_life(process: Process) -> bool:
+    """Whether this is the first process of its name."""
+    mark = process.run_dir / f"{process.name}.lived"
+    if mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
 async def build(process: Process) -> Plain:
     say(process.name, "pid", os.getpid())
     if process.name == "fatal":
@@ -46,9 +57,13 @@ async def build(process: Process) -> Plain:
         os._exit(7)
     if process.name.startswith("once-"):
         # Dies soon after each time it became ready.
-        import asyncio
-
         asyncio.get_running_loop().call_later(0.05, os._exit, 9)
+    if process.name == "stuck" and first_life(process):
+        asyncio.get_running_loop().call_later(0.05, select.select, [], [], [])
+    if process.name.startswith("rank") and not first_life(process):
+        (process.run_dir / "again").touch()
+    if process.name == "scheduler-of-a-lost-step":
+        process.progress = lambda: Progress(1, 0, True, 9.0, 3, None if (process.run_dir / "again").exists() else 9.0)
     process.detail = "http://here"
     return Plain(process)
 

@@ -18,7 +18,9 @@ from tests.engine.scheduler.stage import MODEL
 logging.basicConfig(level="INFO", stream=sys.stderr, format="%(message)s")
 async def live():
     children = [ChildSpec(name, "tests.engine.child", group) for name, group in (pair.split(":") for pair in sys.argv[1:])]
-    return await Supervisor(Config(), MODEL, children, lambda address: print("READY", address, file=sys.stderr, flush=True)).run()
+    def ready(address):
+        print("READY", address, file=sys.stderr, flush=True)
+    return await Supervisor(Config(hang_timeout=0.4), MODEL, children, ready).run()
 sys.exit(asyncio.run(live()))
 """
 
@@ -96,6 +98,26 @@ def test_a_group_is_started_again_together(engine):
     one = engine("server-0", "rank0:workers", "rank1:workers")
     one.until("server-0 status ready")
     os.kill(one.pids()["rank0"], signal.SIGKILL)
+    one.until("server-0 status ready .*rank0=ready/1 rank1=ready/1")
+
+
+def test_a_child_that_was_stopped_is_started_again(engine):
+    one = engine("server-0", "other")
+    one.until("server-0 status ready")
+    os.kill(one.pids()["other"], signal.SIGSTOP)
+    assert float(one.until(r"restarting other: it gave no sign of life for (\S+) s")[1]) >= 0.4
+    one.until("server-0 status ready server-0=ready/0 other=ready/1")
+
+
+def test_a_child_stuck_in_a_call_is_started_again(engine):
+    one = engine("server-0", "stuck")
+    one.until("restarting stuck: it gave no sign of life")
+    one.until("server-0 status ready server-0=ready/0 stuck=ready/1")
+
+
+def test_workers_that_owe_a_step_for_too_long_are_started_again(engine):
+    one = engine("server-0", "scheduler-of-a-lost-step", "rank0:workers", "rank1:workers")
+    one.until("restarting rank[01]: a step has not ended for 9.0 s")
     one.until("server-0 status ready .*rank0=ready/1 rank1=ready/1")
 
 
