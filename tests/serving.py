@@ -88,6 +88,16 @@ class Engine:
                 assert left > 0, f"no {pattern!r} within {timeout} s:\n{said}"
                 self._news.wait(left)
 
+    def until_line(self, pattern: str, since: int, timeout: float = 60) -> None:
+        """Wait for a line that matches among those after the first `since`."""
+        deadline = time.monotonic() + timeout
+        with self._news:
+            while not any(re.search(pattern, line) for line in self.lines[since:]):
+                left = deadline - time.monotonic()
+                assert not self._ended, f"the engine ended without {pattern!r}:\n" + "\n".join(self.lines[since:])
+                assert left > 0, f"no {pattern!r} within {timeout} s:\n" + "\n".join(self.lines[since:])
+                self._news.wait(left)
+
     def finish(self, timeout: float = 20) -> int:
         """Wait for the engine's end; its exit status."""
         status = self.process.wait(timeout)
