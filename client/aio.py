@@ -9,12 +9,12 @@ aiohttp is imported when a client is first used, and only its client half. A cli
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Unpack
 
 import msgspec
 
-from headrace.client.calls import DEFAULT_URL, DRAIN_TIMEOUT_S, HEALTHY, Chunk, Chunks, Message, Result, Retries, Server, decode
+from headrace.client.calls import DEFAULT_URL, DRAIN_TIMEOUT_S, HEALTHY, Chunk, Chunks, Message, Result, Retries, Server, Streaming, decode
 from headrace.client.errors import ClientError, Disconnected, Timeout, Unreachable, error_from
 from headrace.client.parameters import ChatParameters, CompletionParameters
 from headrace.engine.messages.openai.responses import (
@@ -133,7 +133,16 @@ class AsyncClient:
         return decode(msgspec.json.Decoder(kind), await _guarded(response.read(), self._timeout) or empty)
 
     async def _stream(self, path: str, kind: type[Chunk], body: Mapping[str, Any]) -> "AsyncStream[Chunk]":
-        return AsyncStream(await self._send("POST", path, body), kind, self._timeout)
+        streaming = Streaming(path, msgspec.json.encode(body), self._retries)
+        return AsyncStream(await self._begin(streaming), kind, self._timeout, streaming, self._begin)
+
+    async def _begin(self, streaming: Streaming) -> "aiohttp.ClientResponse":
+        """The stream's response, from its beginning or from where it broke. Tries again as it may."""
+        while True:
+            try:
+                return await self._send_once(*streaming.next())
+            except ClientError as error:
+                await asyncio.sleep(streaming.wait_after(error))
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, retries: int | None = None) -> "aiohttp.ClientResponse":
         """A response of status 200, its body still unread. Tries again as `retries` allows."""
@@ -141,16 +150,14 @@ class AsyncClient:
         tries = Retries(self._retries if retries is None else retries)
         while True:
             try:
-                return await self._send_once(method, path, payload)
+                return await self._send_once(method, path, payload, {})
             except ClientError as error:
                 await asyncio.sleep(tries.wait_after(error))
 
-    async def _send_once(self, method: str, path: str, payload: bytes | None) -> "aiohttp.ClientResponse":
+    async def _send_once(self, method: str, path: str, payload: bytes | None, headers: dict[str, str]) -> "aiohttp.ClientResponse":
         server = self._server
-        sending = self._open().request(
-            method, server.origin + server.path + path, data=payload, headers=server.headers(payload is not None), allow_redirects=False
-        )
-        response = await _guarded(sending, self._timeout)
+        url, headers = server.origin + server.path + path, server.headers(payload is not None) | headers
+        response = await _guarded(self._open().request(method, url, data=payload, headers=headers, allow_redirects=False), self._timeout)
         if response.status == 200:
             return response
         answer = await _guarded(response.read(), self._timeout)
@@ -169,14 +176,25 @@ class AsyncClient:
 class AsyncStream(Generic[Chunk]):
     """An asynchronous iterator of chunks. Closing it early closes its connection, by which the server knows to stop.
 
-    Raises what `AsyncClient` raises; an iterator that ends without an error has given the whole answer. Leave a loop over it early only
+    A stream whose server dies goes on by itself once that is back. Raises what `AsyncClient` raises; an iterator that ends without an
+    error has given the whole answer. Leave a loop over it early only
     within `async with`, or call `close`.
     """
 
-    def __init__(self, response: "aiohttp.ClientResponse", kind: type[Chunk], timeout: float | None) -> None:
+    def __init__(
+        self,
+        response: "aiohttp.ClientResponse",
+        kind: type[Chunk],
+        timeout: float | None,
+        streaming: Streaming,
+        begin: Callable[[Streaming], Awaitable["aiohttp.ClientResponse"]],
+    ) -> None:
         self._response = response
+        self._kind = kind
         self._timeout = timeout
-        self._chunks = Chunks(kind)
+        self._streaming = streaming
+        self._begin = begin
+        self._chunks = Chunks(kind, streaming)
         self._ready: deque[Chunk] = deque()
         self._open = True
 
@@ -195,14 +213,24 @@ class AsyncStream(Generic[Chunk]):
                 continue
             try:
                 piece = await _guarded(self._response.content.readany(), self._timeout)
-            except ClientError:
-                self.close()
-                raise
-            if not piece:
-                self.close()
-                raise self._chunks.cut_off()
+                if not piece:
+                    raise self._chunks.cut_off()
+            except ClientError as error:
+                await self._go_on_after(error)
+                continue
             self._ready.extend(self._chunks.feed(piece))
         return self._ready.popleft()
+
+    async def _go_on_after(self, error: ClientError) -> None:
+        """Ask for the rest after a break. Raises when there is none to be had."""
+        self._response.close()
+        try:
+            self._streaming.broke(error)
+            self._response = await self._begin(self._streaming)
+        except BaseException:
+            self.close()
+            raise
+        self._chunks = Chunks(self._kind, self._streaming)
 
     def close(self) -> None:
         """Stop: the connection is closed, and the iterator is at its end. Does nothing to a stream that has ended."""

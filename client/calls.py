@@ -2,17 +2,20 @@
 
 Server      address and headers
 Retries     how long to wait before the next try, or that there is none
+Streaming   what to ask next for a stream: to begin, or to go on after a break
 Chunks      bytes in, typed chunks out, errors and the end mark understood
 """
 
 import random
+import secrets
+import time
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
-from headrace.client.errors import APIError, ClientError, Disconnected, RateLimited, Unavailable, Unreachable, error_from_event
+from headrace.client.errors import APIError, ClientError, Disconnected, NotFound, RateLimited, Unavailable, Unreachable, error_from_event
 from headrace.client.sse import EventTooLong, Parser
 
 Result = TypeVar("Result")
@@ -28,8 +31,13 @@ HEALTHY = b'{"status":"ok"}'
 """What an empty answer to a health check means: some servers say no more."""
 DRAIN_TIMEOUT_S = 1.0
 """How long the end of a stream's HTTP body is waited for once its end mark has come."""
+RESUME_PATIENCE_S = 30.0
+"""How long a client tries to go on with a stream whose server is gone."""
 _FIRST_WAIT_S = 0.25
+_FIRST_RESUME_S = 0.05
+_MOST_RESUME_S = 1.0
 _JITTER = 0.25
+_STREAM_NOT_FOUND = "stream_not_found"
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -86,10 +94,67 @@ class Retries:
         return wait * (1 + _JITTER * random.random())
 
 
+class Streaming:
+    """The requests for one stream, over all its breaks.
+
+        POST ─▶ events, each with an id ─▶ break ─▶ GET /v1/streams/NAME, Last-Event-ID: the last one ─▶ events from there on
+
+    The name is the client's choice, so a stream can be found again even if nothing of it had come. `next` is what to ask; after an error
+    call `wait_after`, after a break in the middle `broke`.
+    """
+
+    def __init__(self, path: str, payload: bytes, retries: int) -> None:
+        self.name = f"hr-{secrets.token_hex(16)}"
+        self.last_id: str | None = None
+        """The id of the last event that came."""
+        self.delivered = False
+        """Some event has come."""
+        self._path = path
+        self._payload = payload
+        self._retries = Retries(retries)
+        self._resumes = retries > 0
+        self._break: ClientError | None = None
+        self._give_up_at = 0.0
+        self._wait_s = _FIRST_RESUME_S
+
+    def next(self) -> tuple[str, str, bytes | None, dict[str, str]]:
+        """Method, path, body, headers."""
+        if self._break is None:
+            return "POST", self._path, self._payload, {"x-request-id": self.name}
+        headers = {} if self.last_id is None else {"Last-Event-ID": self.last_id}
+        return "GET", f"/v1/streams/{self.name}", None, headers
+
+    def wait_after(self, error: ClientError) -> float:
+        """Seconds to wait before `next` is asked; raises what there is to raise when nothing more will help."""
+        if self._break is None:
+            if not isinstance(error, Disconnected):
+                return self._retries.wait_after(error)
+            self.broke(error)
+        elif isinstance(error, NotFound):
+            if error.code != _STREAM_NOT_FOUND or self.delivered:
+                raise self._break
+            # The request never reached the engine.
+            self._break = None
+        elif not isinstance(error, Disconnected | Unreachable | Unavailable) or time.monotonic() > self._give_up_at:
+            raise self._break
+        self._wait_s = min(2 * self._wait_s, _MOST_RESUME_S)
+        return self._wait_s * (1 + _JITTER * random.random())
+
+    def broke(self, error: ClientError) -> None:
+        """The connection is gone before the end. Raises `error` when the server does not know how to go on."""
+        if not self._resumes or not isinstance(error, Disconnected) or (self.delivered and self.last_id is None):
+            raise error
+        self._break = error
+        self._give_up_at = time.monotonic() + RESUME_PATIENCE_S
+        self._wait_s = _FIRST_RESUME_S
+
+
 class Chunks(Generic[Chunk]):
     """One stream's bytes as typed chunks. After each `feed`, hand out its chunks, then look at `done` and `failure`."""
 
-    def __init__(self, kind: type[Chunk]) -> None:
+    def __init__(self, kind: type[Chunk], streaming: Streaming) -> None:
+        """`streaming` learns how far the stream has come."""
+        self._streaming = streaming
         self.done = False
         """The end mark has come."""
         self.failure: ClientError | None = None
@@ -107,6 +172,7 @@ class Chunks(Generic[Chunk]):
                     break
                 if error := error_from_event(event.data):
                     raise error
+                self._streaming.delivered, self._streaming.last_id = True, event.id
                 chunks.append(decode(self._decoder, event.data))
         except EventTooLong as error:
             self.failure = Disconnected(str(error))

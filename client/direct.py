@@ -31,9 +31,12 @@ from headrace.engine.messages.frontend import (
     End,
     Failed,
     Generate,
+    Kept,
     ModelCard,
     Prompt,
     PromptScores,
+    Recall,
+    Recalled,
     Scores,
     Text,
     ToFrontend,
@@ -128,7 +131,7 @@ class _Call:
 
     __slots__ = ("desk", "future", "message")
 
-    def __init__(self, desk: str, message: Tokenize | Detokenize | Describe, future: asyncio.Future) -> None:
+    def __init__(self, desk: str, message: Tokenize | Detokenize | Describe | Recall, future: asyncio.Future) -> None:
         self.desk = desk
         self.message = message
         self.future = future
@@ -180,7 +183,9 @@ class DirectClient:
         """Send a request; `sinks` has one entry for each id in `generate.requests`. They may hear of a failure before this returns."""
         desk = min(self._load, key=self._load.__getitem__)
         for place, (request, sink) in enumerate(zip(generate.requests, sinks, strict=True)):
-            self._live[request] = _Live(sink, generate, place, desk)
+            live = self._live[request] = _Live(sink, generate, place, desk)
+            if generate.emitted:
+                live.tokens.extend(generate.emitted[place])
             self._load[desk] += 1
         self._submit(desk, generate)
 
@@ -225,6 +230,14 @@ class DirectClient:
         """Text of token ids. Raises `CallError`."""
         return await self._ask(Detokenize(self._new_id(), ids))
 
+    async def recall(self, answer: str, tenant: str) -> list[Kept]:
+        """The requests of an answer that lost its reader, as far as they came. They end wherever they still run.
+
+        Empty when it is not known. What is found can be given to `generate` with new ids, and goes on after the tokens in `emitted`.
+        """
+        found: list[Recalled] = await asyncio.gather(*(self._ask(Recall(self._new_id(), answer, tenant), desk) for desk in self._visits))
+        return [kept for one in found for kept in one.kept]
+
     async def describe(self) -> ModelCard:
         """What is being served. Raises `CallError`."""
         return await self._ask(Describe(self._new_id()))
@@ -259,6 +272,9 @@ class DirectClient:
                 priority=generate.priority,
                 deadline=generate.deadline,
                 emitted=(tuple(live.tokens),),
+                answer=generate.answer,
+                first_choice=generate.first_choice + place,
+                notes=generate.notes,
             )
             self._submit(desk, again)
 
@@ -283,8 +299,8 @@ class DirectClient:
                 if live := self._forget(request):
                     live.sink.failed(Failed(request, 503, "overloaded", _UNHEARD, retry_after=1.0))
 
-    async def _ask(self, message: Tokenize | Detokenize | Describe) -> Any:
-        desk = min(self._load, key=self._load.__getitem__)
+    async def _ask(self, message: Tokenize | Detokenize | Describe | Recall, desk: str | None = None) -> Any:
+        desk = desk or min(self._load, key=self._load.__getitem__)
         call = self._calls[message.call] = _Call(desk, message, asyncio.get_running_loop().create_future())
         self._send_call(call)
         try:
@@ -315,7 +331,7 @@ class DirectClient:
             case Failed():
                 if live := self._forget(message.request):
                     live.sink.failed(message)
-            case Tokenized() | Detokenized() | ModelCard():
+            case Tokenized() | Detokenized() | ModelCard() | Recalled():
                 if (call := self._calls.get(message.call)) and not call.future.done():
                     call.future.set_result(message)
             case CallFailed():

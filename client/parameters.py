@@ -34,6 +34,8 @@ class Parameters(TypedDict, total=False):
     skip_special_tokens: bool
     include_stop_str_in_output: bool
     priority: int
+    timeout: float
+    """Seconds in which the answer must be done; the server ends it with an error if it is not."""
 
 
 class ChatParameters(Parameters, total=False):

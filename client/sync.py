@@ -18,7 +18,7 @@ from typing import Any, Generic, Unpack
 
 import msgspec
 
-from headrace.client.calls import DEFAULT_URL, DRAIN_TIMEOUT_S, HEALTHY, Chunk, Chunks, Message, Result, Retries, Server, decode
+from headrace.client.calls import DEFAULT_URL, DRAIN_TIMEOUT_S, HEALTHY, Chunk, Chunks, Message, Result, Retries, Server, Streaming, decode
 from headrace.client.errors import ClientError, Disconnected, Timeout, Unreachable, error_from
 from headrace.client.parameters import ChatParameters, CompletionParameters
 from headrace.engine.messages.openai.responses import (
@@ -31,6 +31,9 @@ from headrace.engine.messages.openai.responses import (
     ModelList,
     Tokenized,
 )
+
+Exchange = tuple[http.client.HTTPConnection, http.client.HTTPResponse]
+"""A connection and the response that is being read from it."""
 
 _READ_BYTES = 64 << 10
 
@@ -144,26 +147,33 @@ class Client:
         return decode(msgspec.json.Decoder(kind), answer or empty)
 
     def _stream(self, path: str, kind: type[Chunk], body: Mapping[str, Any]) -> "Stream[Chunk]":
-        connection, response = self._send("POST", path, body)
-        return Stream(connection, response, kind, self._timeout, self._release)
+        streaming = Streaming(path, msgspec.json.encode(body), self._retries)
+        return Stream(self._begin(streaming), kind, self._timeout, streaming, self._begin, self._release)
 
-    def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None, retries: int | None = None
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _begin(self, streaming: Streaming) -> Exchange:
+        """The stream's response, from its beginning or from where it broke. Tries again as it may."""
+        while True:
+            try:
+                return self._send_once(*streaming.next())
+            except ClientError as error:
+                time.sleep(streaming.wait_after(error))
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None, retries: int | None = None) -> Exchange:
         """A response of status 200, its body still unread. Tries again as `retries` allows."""
         payload = None if body is None else msgspec.json.encode(body)
         tries = Retries(self._retries if retries is None else retries)
         while True:
             try:
-                return self._send_once(method, path, payload)
+                return self._send_once(method, path, payload, {})
             except ClientError as error:
                 time.sleep(tries.wait_after(error))
 
-    def _send_once(self, method: str, path: str, payload: bytes | None) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _send_once(self, method: str, path: str, payload: bytes | None, headers: dict[str, str]) -> Exchange:
         connection = self._connection()
+        headers = self._server.headers(payload is not None) | headers
 
         def exchange() -> http.client.HTTPResponse:
-            connection.request(method, self._server.path + path, payload, self._server.headers(payload is not None))
+            connection.request(method, self._server.path + path, payload, headers)
             return connection.getresponse()
 
         try:
@@ -213,22 +223,26 @@ class Client:
 class Stream(Generic[Chunk]):
     """An iterator of chunks. Closing it early closes its connection, by which the server knows to stop.
 
-    Raises what `Client` raises; an iterator that ends without an error has given the whole answer.
+    A stream whose server dies goes on by itself once that is back. Raises what `Client` raises; an iterator that ends without an error
+    has given the whole answer.
     """
 
     def __init__(
         self,
-        connection: http.client.HTTPConnection,
-        response: http.client.HTTPResponse,
+        exchange: Exchange,
         kind: type[Chunk],
         timeout: float | None,
+        streaming: Streaming,
+        begin: Callable[[Streaming], Exchange],
         release: Callable[[http.client.HTTPConnection, http.client.HTTPResponse], None],
     ) -> None:
-        self._connection = connection
-        self._response = response
+        self._connection, self._response = exchange
+        self._kind = kind
         self._timeout = timeout
+        self._streaming = streaming
+        self._begin = begin
         self._release = release
-        self._chunks = Chunks(kind)
+        self._chunks = Chunks(kind, streaming)
         self._ready: deque[Chunk] = deque()
         self._open = True
 
@@ -247,14 +261,24 @@ class Stream(Generic[Chunk]):
                 continue
             try:
                 piece = _guarded(lambda: self._response.read1(_READ_BYTES), self._timeout)
-            except ClientError:
-                self.close()
-                raise
-            if not piece:
-                self.close()
-                raise self._chunks.cut_off()
+                if not piece:
+                    raise self._chunks.cut_off()
+            except ClientError as error:
+                self._go_on_after(error)
+                continue
             self._ready.extend(self._chunks.feed(piece))
         return self._ready.popleft()
+
+    def _go_on_after(self, error: ClientError) -> None:
+        """Ask for the rest after a break. Raises when there is none to be had."""
+        self._connection.close()
+        try:
+            self._streaming.broke(error)
+            self._connection, self._response = self._begin(self._streaming)
+        except BaseException:
+            self.close()
+            raise
+        self._chunks = Chunks(self._kind, self._streaming)
 
     def close(self) -> None:
         """Stop: the connection is closed, and the iterator is at its end. Does nothing to a stream that has ended."""

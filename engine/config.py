@@ -27,9 +27,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     served_model_name: Annotated[str | None, _about("name that clients ask for; from the model's files without one", "NAME")] = None
     host: Annotated[str, _about("address to listen on; 0.0.0.0 for every one", "ADDRESS")] = "127.0.0.1"
     port: Annotated[Annotated[int, Meta(ge=0, le=65535)], _about("port to listen on; 0 takes a free one")] = 8000
-    api_key: Annotated[str | None, _about("bearer token that every request must bring; HEADRACE_API_KEY keeps it out of `ps`", "KEY")] = (
-        None
-    )
+    api_key: Annotated[
+        str | None,
+        _about(
+            "bearer token that requests must bring; several tenants': with commas. HEADRACE_API_KEY keeps it out of `ps`",
+            "KEY",
+        ),
+    ] = None
     threads: Annotated[Count | None, _about("compute threads of a worker; one a physical core without it")] = None
     kernels: Annotated[
         Literal["auto", "reference", "cpu", "triton"],

@@ -1,5 +1,6 @@
 """The web application: routes, the key, limits, and errors in one shape."""
 
+import hashlib
 import hmac
 import logging
 import secrets
@@ -11,7 +12,7 @@ from aiohttp.typedefs import Handler
 from headrace.server.exposition import render
 from headrace.server.meters import RequestMeters
 from headrace.server.openai.errors import Refusal
-from headrace.server.openai.routes import OpenAIRoutes, engine_version
+from headrace.server.openai.routes import TENANT, OpenAIRoutes, engine_version, request_id
 from headrace.server.state import EngineView, health_of
 
 log = logging.getLogger(__name__)
@@ -20,25 +21,28 @@ LARGEST_BODY = 8 << 20
 """Bytes of a request body; larger ones get 413."""
 
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+_RESUMING = "/v1/streams/"
 _UNKEYED = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
 
 _GREETING = """headrace {version}, serving {model}
 
   POST /v1/chat/completions   POST /v1/completions   GET /v1/models
-  POST /tokenize              POST /detokenize
+  POST /tokenize              POST /detokenize          GET /v1/streams/{{id}}
   GET  /health                GET  /health/live      GET /health/ready      GET /metrics
 """
 
 
 def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, model_name: str, api_key: str | None) -> web.Application:
-    """The application. With `api_key`, everything but the greeting, health and metrics needs it."""
+    """The application. With `api_key`, everything but the greeting, health and metrics needs one of the keys in it."""
+    keys = {key.strip(): _tenant(key.strip()) for key in (api_key or "").split(",")}
+    keys.pop("", None)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if api_key is not None and request.path not in _UNKEYED:
-                _check_key(request, api_key)
-            if request.path in _GENERATING and request.method == "POST":
+            if keys and request.path not in _UNKEYED:
+                request[TENANT] = _check_key(request, keys)
+            if request.path.startswith(_RESUMING) or (request.path in _GENERATING and request.method == "POST"):
                 view.check_open()
             response = await handler(request)
         except Refusal as refusal:
@@ -56,7 +60,7 @@ def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, mode
         route = request.match_info.route.resource
         meters.answered(route.canonical if route else "unknown", response.status)
         if not response.prepared:
-            response.headers.setdefault("x-request-id", f"req-{secrets.token_hex(8)}")
+            response.headers.setdefault("x-request-id", request_id(request) or f"req-{secrets.token_hex(8)}")
         return response
 
     async def live(request: web.Request) -> web.Response:
@@ -92,14 +96,21 @@ def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, mode
     return app
 
 
-def _check_key(request: web.Request, api_key: str) -> None:
-    """Raises `Refusal` unless the request has the right key."""
+def _tenant(key: str) -> str:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+def _check_key(request: web.Request, keys: dict[str, str]) -> str:
+    """Whose key the request has: the tenant, by which nobody can tell the key. Raises `Refusal` when it has none of `keys`."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not given:
         raise Refusal("an API key is needed: send it as 'Authorization: Bearer KEY'", status=401, code="missing_api_key")
-    # Bytes of either that are no UTF-8 stand in the text as surrogates.
-    if not hmac.compare_digest(given.strip().encode(errors="surrogateescape"), api_key.encode(errors="surrogateescape")):
+    # Bytes of either that are no UTF-8 stand in the text as surrogates. Every key is looked at, however early one fits.
+    sent = given.strip().encode(errors="surrogateescape")
+    found = [tenant for key, tenant in keys.items() if hmac.compare_digest(sent, key.encode(errors="surrogateescape"))]
+    if not found:
         raise Refusal("the API key is wrong", status=401, code="invalid_api_key")
+    return found[0]
 
 
 def _of_http(error: web.HTTPException, request: web.Request) -> Refusal:

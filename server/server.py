@@ -34,7 +34,7 @@ class Server:
         self._view = EngineView(process)
         self._client = DirectClient(process.run_dir, tokenizer_names(process.config))
         meters = RequestMeters(process.metrics)
-        openai = OpenAIRoutes(self._client, process.model, meters)
+        openai = OpenAIRoutes(self._client, process.config, process.model, meters)
         app = make_app(openai, self._view, meters, process.model.name, process.config.api_key)
         app.middlewares.insert(0, self._count)
         self._runner = web.AppRunner(

@@ -23,7 +23,9 @@ class Live:
         "expected",
         "fresh",
         "frontend",
+        "generate",
         "min_tokens",
+        "place",
         "prompt_scores",
         "request",
         "scored",
@@ -41,19 +43,22 @@ class Live:
     ) -> None:
         """The request `generate.requests[place]`."""
         self.frontend = frontend
+        self.generate = generate
+        self.place = place
         self.request = generate.requests[place]
         self.tokens: list[int] = list(generate.emitted[place]) if place < len(generate.emitted) else []
         """Every token emitted so far. The scheduler's submission shares this list, so it can be sent again as it stands."""
         self.submit = Submit(
-            self.request,
-            reply_to,
-            prompt,
-            sampling,
-            generate.seeds[place],
-            self.tokens,
-            generate.tenant,
-            generate.priority,
-            generate.deadline,
+            request=self.request,
+            reply_to=reply_to,
+            prompt=prompt,
+            sampling=sampling,
+            seed=generate.seeds[place],
+            emitted=self.tokens,
+            tenant=generate.tenant,
+            priority=generate.priority,
+            deadline=generate.deadline,
+            answer=generate.answer,
         )
         self.expected = len(self.tokens)
         """Tokens that are known to exist. More than `tokens` has, while some are still to be told again."""

@@ -30,6 +30,8 @@ from headrace.engine.messages.frontend import (
     Generate,
     ModelCard,
     Prompt,
+    Recall,
+    Recalled,
     Scores,
     Text,
     Tokenize,
@@ -45,6 +47,7 @@ from headrace.tokenizer_proc.chat import ChatTemplates
 from headrace.tokenizer_proc.live import Live
 from headrace.tokenizer_proc.prompts import encode, fit, param_of, size_of
 from headrace.tokenizer_proc.rejection import Rejection
+from headrace.tokenizer_proc.shelf import Shelf
 from headrace.tokenizer_proc.vocabulary import Tokenizer, load_parts
 
 log = logging.getLogger(__name__)
@@ -84,6 +87,7 @@ class TokenizerActor:
         """Requests with something for the next `Text`."""
         self._orphans: list[tuple[bytes, End]] = []
         """Last words on requests that were never submitted."""
+        self._shelf = Shelf()
         self._threads = ThreadPoolExecutor(2, "encode")
         self._loop = asyncio.get_running_loop()
         self._meters = Meters(process)
@@ -113,6 +117,8 @@ class TokenizerActor:
                 self._generate(frontend, message)
             case Abort():
                 self._abort(frontend, message.requests)
+            case Recall():
+                self._recall(frontend, message)
             case Tokenize():
                 self._tokenize(frontend, message)
             case Detokenize():
@@ -315,6 +321,7 @@ class TokenizerActor:
     def _retire(self, live: Live) -> None:
         """Its last word is known: it leaves with the next `Text`."""
         del self._live[live.request]
+        self._shelf.put(live)
         self._touch(live)
 
     def _tell_prompt_scores(self, live: Live) -> None:
@@ -333,6 +340,7 @@ class TokenizerActor:
                 self._leave_job(request, job)
                 self._orphans.append((frontend, End(request, "abort", None, 0, 0, 0, 0.0)))
             elif live is not None and live.frontend == frontend and not live.closed:
+                self._shelf.put(live)
                 live.closed = live.aborted = True
                 live.counted = len(live.tokens)
                 cancelled.append(request)
@@ -357,12 +365,27 @@ class TokenizerActor:
         del self._jobs[request]
 
     def _lose(self, frontend: bytes) -> None:
-        """A frontend is gone: nobody waits for its requests."""
+        """A frontend is gone: nobody waits for its requests. Its successor may ask for them."""
+        for live in self._live.values():
+            if live.frontend == frontend:
+                self._shelf.put(live)
         gone = [live.request for live in self._live.values() if live.frontend == frontend]
         for request in gone + [request for request, job in self._jobs.items() if job.frontend == frontend]:
             self._forget(request)
         if gone:
             self._process.send(SCHEDULER, Cancel(tuple(gone), "abort"))
+
+    def _recall(self, frontend: bytes, recall: Recall) -> None:
+        """Give what is known of an answer. What still runs of it ends: its reader is gone, and who asks will start it anew from there."""
+        tenant, answer = recall.tenant, recall.answer
+        running = [live for live in self._live.values() if live.generate.answer == answer and live.generate.tenant == tenant]
+        for live in running:
+            self._shelf.put(live)
+        kept = self._shelf.find(tenant, answer)
+        for live in running:
+            if kept and live.request in self._live:
+                self._fail(live, 409, "taken_over", "the answer was asked for again by its id, and goes on there")
+        self._tell(frontend, Recalled(recall.call, kept))
 
     def _tell(self, frontend: bytes, message: Message) -> bool:
         if self._desk.send(frontend, message):

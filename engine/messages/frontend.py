@@ -4,6 +4,7 @@ A frontend connects a DEALER to a tokenizer's ROUTER. Requests go in as text, co
 
     frontend ── Generate, Abort ──────────────▶ tokenizer
     frontend ◀─ Accepted, Text…, (End | Failed) ─ tokenizer
+    frontend ── Recall ─▶ tokenizer ── Recalled ─▶ frontend
 
 A request id is a 64-bit number, unique over all frontends and restarts. Every id in a `Generate` is answered by exactly one
 terminal: an `End` inside a `Text`, or a `Failed`.
@@ -63,12 +64,27 @@ class Generate(Message):
     """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
     emitted: tuple[tuple[int, ...], ...] = ()
     """When a request is submitted again after a death: for each id, the tokens already delivered."""
+    answer: str = ""
+    """Name of the answer that these requests are choices of, unique for the tenant; it is in logs, and recalls them."""
+    first_choice: int = 0
+    """Which choice of the answer the first of `requests` is; the others follow."""
+    notes: bytes = b""
+    """What the frontend must know to go on with the answer; kept beside the requests, and given back by a `Recall`. Empty for an answer
+    that cannot be gone on with."""
 
 
 class Abort(Message):
     """The frontend no longer wants these requests. Each still gets its one terminal message."""
 
     requests: tuple[int, ...]
+
+
+class Recall(Message):
+    """Ask for the requests of an answer whose frontend, or whose client, was lost not long ago. Answered by `Recalled`."""
+
+    call: int
+    answer: str
+    tenant: str
 
 
 class Tokenize(Message):
@@ -112,6 +128,22 @@ class Tokenized(Message):
 class Detokenized(Message):
     call: int
     text: str
+
+
+class Kept(Message):
+    """One request of an answer, as far as it came."""
+
+    generate: Generate
+    """With this one request, its prompt as token ids, and all tokens known so far in `emitted`."""
+    end: "End | None"
+    """Its last word, if that is known."""
+
+
+class Recalled(Message):
+    """The requests of the answer that this tokenizer has, none where it has none."""
+
+    call: int
+    kept: list[Kept]
 
 
 class CallFailed(Message):
@@ -201,5 +233,5 @@ class Failed(Message):
     """Seconds; with status 429 and 503."""
 
 
-ToTokenizer = Generate | Abort | Tokenize | Detokenize | Describe
-ToFrontend = Accepted | Text | PromptScores | Failed | Tokenized | Detokenized | ModelCard | CallFailed
+ToTokenizer = Generate | Abort | Recall | Tokenize | Detokenize | Describe
+ToFrontend = Accepted | Text | PromptScores | Failed | Recalled | Tokenized | Detokenized | ModelCard | CallFailed

@@ -27,6 +27,8 @@ class Submit(Message):
     """Lower ones are served first."""
     deadline: float | None = None
     """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
+    answer: str = ""
+    """See `Generate.answer`."""
 
 
 class Cancel(Message):

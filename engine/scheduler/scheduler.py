@@ -224,7 +224,12 @@ class Scheduler:
             )
             self._fail(entry, 400, "context_length_exceeded", message)
             return
-        sequence = entry.sequence = ledger.sequence_of(entry.admit())
+        sequence = ledger.sequence_of(entry.admit())
+        if entry.emitted and (reason := sequence.ends_with(entry.emitted[-1])):
+            # It was submitted again by who lacks nothing but its end.
+            self._cancel(submit.request, reason)
+            return
+        entry.sequence = sequence
         sequence.priority, sequence.tenant, sequence.arrived = submit.priority, submit.tenant, entry.arrived
         sequence.suspect = entry.suspect
         self._waiting.add(sequence)

@@ -1,7 +1,7 @@
 """What became of each request and when, a JSON line each as it ends.
 
-    {"request": "1f…", "tenant": "", "ended": "stop", "at": 1700000000.0, "queue_s": 0.001, "first_token_s": 0.04, "total_s": 0.9,
-     "prompt_tokens": 32, "cached_tokens": 16, "chunks": 1, "emitted_tokens": 128, "preemptions": 0, "worker_deaths": 0}
+    {"id": "chatcmpl-5e…", "request": "1f…", "tenant": "", "ended": "stop", "at": 1700000000.0, "queue_s": 0.001, "first_token_s": 0.04,
+     "total_s": 0.9, "prompt_tokens": 32, "cached_tokens": 16, "chunks": 1, "emitted_tokens": 128, "preemptions": 0, "worker_deaths": 0}
 
 Durations count from the arrival at the scheduler; a moment that never came is null. A line is one write to a file opened for appending, so
 that it stays whole beside those of other processes.
@@ -19,8 +19,10 @@ STANDARD_ERROR = "-"
 
 
 class Timeline(msgspec.Struct):
+    id: str
+    """The answer's `x-request-id`."""
     request: str
-    """The end of `x-request-id`, for the first of an answer's choices; those after it count on."""
+    """One of the answer's choices."""
     tenant: str
     ended: str
     """"stop", "length", "abort", "error", or the code of the error it ended in."""
@@ -60,6 +62,7 @@ class Timelines:
             return None if moment is None else round(moment - entry.arrived, 6)
 
         line = Timeline(
+            id=entry.submit.answer,
             request=f"{entry.submit.request:016x}",
             tenant=entry.submit.tenant,
             ended=ended,

@@ -4,8 +4,11 @@ body ─▶ decode ─▶ validate ─▶ Generate (one a prompt) ─▶ DirectC
 """
 
 import asyncio
+import re
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,12 +18,14 @@ from aiohttp import web
 
 from headrace.client.direct import CallError, DirectClient
 from headrace.engine.checkpoint.card import ModelFiles
+from headrace.engine.config import Config
 from headrace.engine.messages.frontend import ChatPrompt, Generate, Prompt, TextPrompt
 from headrace.engine.messages.openai import requests, responses
 from headrace.engine.messages.sampling import Sampling
 from headrace.server.meters import RequestMeters, Timing
 from headrace.server.openai.choices import Answer, Choice, usage
 from headrace.server.openai.errors import Refusal, decode
+from headrace.server.openai.progress import Progress
 from headrace.server.openai.stream import Shape, StreamedChoice, stream_answer
 from headrace.server.openai.validate import (
     chat_prompt,
@@ -30,17 +35,38 @@ from headrace.server.openai.validate import (
     completion_sampling,
     seeds,
     stops,
+    timeout,
 )
 from headrace.server.openai.whole import chat_completion, completion
 
 BODY_TIMEOUT = 60.0
 """Seconds in which a body must have come."""
 
+RECALL_TIMEOUT = 5.0
+"""Seconds for all tokenizers to say what they have of a broken stream."""
+
+STREAM_NOT_FOUND = "stream_not_found"
+"""The code by which a client knows that a stream cannot be gone on with here."""
+
+TENANT = web.RequestKey("tenant", str)
+"""Where a request carries whose it is, once its key was checked."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _encode = msgspec.json.Encoder().encode
 _chat = msgspec.json.Decoder(requests.Chat)
 _completion = msgspec.json.Decoder(requests.Completion)
 _tokenize = msgspec.json.Decoder(requests.TokenizeText)
 _detokenize = msgspec.json.Decoder(requests.DetokenizeIds)
+
+
+def request_id(request: web.Request) -> str | None:
+    """The id that the client chose for its request by `x-request-id`, if it is one that can stand in a log."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else None
+
+
+def tenant_of(request: web.Request) -> str:
+    return request.get(TENANT, "")
 
 
 def engine_version() -> str:
@@ -50,11 +76,46 @@ def engine_version() -> str:
         return "unknown"
 
 
+class Outline(msgspec.Struct):
+    """What must be known of a streamed answer to go on with it: the `notes` of its requests."""
+
+    head: dict[str, Any]
+    chat: bool
+    each: int
+    """Choices of each prompt."""
+    choices: int
+    usage: bool
+    top: bool
+    echo: bool
+    scored: bool
+    """The prompt's tokens are scored too."""
+
+
+class Flow:
+    """A streamed answer on its way: where its choices write, and how far they are."""
+
+    def __init__(self, outline: Outline, meters: RequestMeters, progress: Progress) -> None:
+        self.outline = outline
+        self.progress = progress
+        self.answer = Answer(outline.choices)
+        self.shape = Shape(outline.head, outline.chat, outline.usage, outline.top)
+        start = time.monotonic()
+        self.sinks = [
+            StreamedChoice(index, self.answer, Timing(meters, start), self.shape, progress, outline.echo, outline.scored)
+            for index in range(outline.choices)
+        ]
+
+    def counts(self) -> responses.Usage:
+        return usage([(index // self.outline.each, sink.finish) for index, sink in enumerate(self.sinks)])
+
+
 class OpenAIRoutes:
     """The handlers."""
 
-    def __init__(self, client: DirectClient, model: ModelFiles, meters: RequestMeters) -> None:
+    def __init__(self, client: DirectClient, config: Config, model: ModelFiles, meters: RequestMeters) -> None:
         self._client = client
+        self._most_choices = config.max_running + config.max_waiting
+        self._timeout = config.request_timeout
         self._model = model
         self._meters = meters
         self._fingerprint = f"headrace-{engine_version()}"
@@ -64,6 +125,7 @@ class OpenAIRoutes:
         return [
             web.post("/v1/chat/completions", self.chat),
             web.post("/v1/completions", self.complete),
+            web.get("/v1/streams/{id}", self.resume),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{model:.+}", self.model),
             web.post("/tokenize", self.tokenize),
@@ -121,6 +183,36 @@ class OpenAIRoutes:
             raise Refusal.of(error.failure) from None
         return _json(responses.Detokenized(found.text))
 
+    async def resume(self, request: web.Request) -> web.StreamResponse:
+        """Go on with a stream that broke, after the event that `Last-Event-ID` names, or from the beginning without one."""
+        name, tenant = request.match_info["id"], tenant_of(request)
+        try:
+            async with asyncio.timeout(RECALL_TIMEOUT):
+                kept = await self._client.recall(name, tenant)
+        except TimeoutError:
+            raise Refusal("the tokenizers do not answer: try again in a moment", status=503, code="unavailable", retry_after=1) from None
+        by_choice = {one.generate.first_choice: one for one in kept}
+        outline = msgspec.json.decode(kept[0].generate.notes, type=Outline) if kept else None
+        if outline is None or len(by_choice) != outline.choices:
+            message = f"no stream {name[:80]!r} is known, or not any more: streams are kept for a minute after they break or end"
+            raise Refusal(message, status=404, code=STREAM_NOT_FOUND)
+        flow = Flow(outline, self._meters, Progress(outline.choices, request.headers.get("Last-Event-ID")))
+        ids = self._client.new_ids(outline.choices)
+
+        def start() -> None:
+            for choice, one in sorted(by_choice.items()):
+                begun, emitted = flow.progress.of(choice), one.generate.emitted[0]
+                if begun.tokens > len(emitted):
+                    raise Refusal(f"Last-Event-ID names {begun.tokens} tokens, there were {len(emitted)}", "Last-Event-ID")
+                if begun.ended and one.end is not None:
+                    flow.answer.one_accepted()
+                    flow.sinks[choice].end(one.end, time.monotonic())
+                    continue
+                again = msgspec.structs.replace(one.generate, requests=(ids[choice],), emitted=(emitted[: begun.tokens],))
+                self._client.generate(again, [flow.sinks[choice]])
+
+        return await self._stream(request, flow, ids, start, name)
+
     async def _answer(
         self,
         request: web.Request,
@@ -131,36 +223,39 @@ class OpenAIRoutes:
         echo: bool,
         make_whole: Any,
     ) -> web.StreamResponse:
-        """Generate `n` continuations of each prompt, and answer whole or as a stream. However this ends, nothing keeps running."""
+        """Generate `n` continuations of each prompt, and answer whole or as a stream."""
         start = time.monotonic()
         each = choices(body)
         count = each * len(prompts)
-        stop, drawn = stops(body), seeds(body, each)
+        if count > self._most_choices:
+            raise Refusal(
+                f"prompts and n ask for {count} answers at once, this server takes {self._most_choices}: send several requests",
+                "n",
+                code="out_of_range",
+            )
+        stop, drawn, limit = stops(body), seeds(body, each), timeout(body, self._timeout)
         ids = self._client.new_ids(count)
+        name = request_id(request) or f"{prefix}-{secrets.token_hex(12)}"
         chat = prefix == "chatcmpl"
-        head = {
-            "id": f"{prefix}-{ids[0]:016x}",
-            "object": "text_completion" if not chat else "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": self._model.name,
-            "system_fingerprint": self._fingerprint,
-        }
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        shape = Shape(head, chat, include_usage, bool(sampling.logprobs))
-        answer = Answer(count)
-        timings = [Timing(self._meters, start) for _ in ids]
-        sinks: list[Any]
-        if body.stream:
-            scored = sampling.prompt_logprobs is not None
-            sinks = [StreamedChoice(index, answer, timings[index], shape, echo, scored) for index in range(count)]
-        else:
-            sinks = [Choice(index, answer, timings[index]) for index in range(count)]
+        outline = Outline(
+            head={
+                "id": name,
+                "object": "text_completion" if not chat else "chat.completion.chunk" if body.stream else "chat.completion",
+                "created": int(time.time()),
+                "model": self._model.name,
+                "system_fingerprint": self._fingerprint,
+            },
+            chat=chat,
+            each=each,
+            choices=count,
+            usage=body.stream_options is not None and body.stream_options.include_usage,
+            top=bool(sampling.logprobs),
+            echo=echo,
+            scored=sampling.prompt_logprobs is not None,
+        )
+        notes = _encode(outline) if body.stream else b""
 
-        def counts() -> responses.Usage:
-            return usage([(index // each, sink.finish) for index, sink in enumerate(sinks)])
-
-        headers = {"x-request-id": head["id"]}
-        try:
+        def begin(sinks: Sequence[Any]) -> None:
             for place, prompt in enumerate(prompts):
                 here = slice(place * each, (place + 1) * each)
                 generate = Generate(
@@ -172,13 +267,39 @@ class OpenAIRoutes:
                     include_stop=body.include_stop_str_in_output,
                     skip_special_tokens=body.skip_special_tokens,
                     want_prompt=echo,
+                    tenant=tenant_of(request),
                     priority=body.priority,
+                    deadline=None if limit is None else start + limit,
+                    answer=name,
+                    first_choice=place * each,
+                    notes=notes,
                 )
                 self._client.generate(generate, sinks[here])
-            if body.stream:
-                return await stream_answer(request, answer, sinks, shape, counts if include_usage else None, headers)
+
+        if body.stream:
+            flow = Flow(outline, self._meters, Progress(count))
+            return await self._stream(request, flow, ids, lambda: begin(flow.sinks), name)
+        answer = Answer(count)
+        whole = [Choice(index, answer, Timing(self._meters, start)) for index in range(count)]
+        async with self._until_complete(answer, ids):
+            begin(whole)
             await answer.all_done()
-            return _json(make_whole(head, sinks, counts()), headers)
+        counts = usage([(index // each, sink.finish) for index, sink in enumerate(whole)])
+        return _json(make_whole(outline.head, whole, counts), {"x-request-id": name})
+
+    async def _stream(
+        self, request: web.Request, flow: "Flow", ids: Sequence[int], start: Callable[[], None], name: str
+    ) -> web.StreamResponse:
+        async with self._until_complete(flow.answer, ids):
+            start()
+            counts = flow.counts if flow.outline.usage else None
+            return await stream_answer(request, flow.answer, flow.sinks, flow.shape, counts, {"x-request-id": name})
+
+    @asynccontextmanager
+    async def _until_complete(self, answer: Answer, ids: Sequence[int]) -> AsyncIterator[None]:
+        """However this ends, nothing keeps running."""
+        try:
+            yield
         except asyncio.CancelledError:
             self._meters.disconnects.add()
             raise

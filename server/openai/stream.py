@@ -3,8 +3,11 @@
 All but the text of a chunk is the same for every token of a choice, so it is encoded once; a token costs one JSON string, two
 concatenations and one write.
 
+    id: 17
     data: {"id":…,"choices":[{"index":0,"delta":{"content":  "text"  },"logprobs":null,"finish_reason":null}]}
     └───────────────────── before ──────────────────────────┘      └────────────── after ────────────────────┘
+
+An event's id says how far the answer is with it (see `progress.py`), which is all that a client needs to go on after a break.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from headrace.engine.messages.openai.responses import Usage
 from headrace.server.meters import Timing
 from headrace.server.openai.choices import Answer, chat_logprobs, completion_logprobs, finish_reason, first_token
 from headrace.server.openai.errors import Refusal
+from headrace.server.openai.progress import Progress
 from headrace.server.sse import EventStream
 
 _encode = msgspec.json.Encoder().encode
@@ -59,17 +63,27 @@ class Shape:
 
 
 class StreamedChoice:
-    """One continuation: a `Sink` that writes chunks. While the stream is full its text waits here, in one piece."""
+    """One continuation: a `Sink` that writes chunks. While the stream is full its text waits here, in one piece.
 
-    def __init__(self, index: int, answer: Answer, timing: Timing, shape: Shape, echo: bool, scored_prompt: bool) -> None:
+    `progress` knows what the client has already, of this choice as of the others.
+    """
+
+    def __init__(
+        self, index: int, answer: Answer, timing: Timing, shape: Shape, progress: Progress, echo: bool, scored_prompt: bool
+    ) -> None:
+        begun = progress.of(index)
+        self._progress = progress
+        self._begun = begun
+        self._tokens = begun.tokens
+        """Tokens that came, those from before a break too."""
         self.finish: End | None = None
         self.prompt: Accepted | None = None
         self._index = index
         self._answer = answer
         self._timing = timing
         self._shape = shape
-        self._echo = echo
-        self._held = scored_prompt
+        self._echo = echo and not begun.begun
+        self._held = scored_prompt and not begun.begun
         """The prompt's scores are still to come, and its text must not go before them."""
         self._first = ""
         """Text of the prompt's first token, which has no score."""
@@ -79,16 +93,16 @@ class StreamedChoice:
         self._text = ""
         """Text that waits for room."""
         self._scores: list[TokenScore | None] = []
-        self._offset = 0
+        self._offset = begun.offset
         """Characters of all tokens whose scores were written, for `text_offset`."""
-        self._ended = False
+        self._ended = begun.ended
         """Its last chunk was written."""
 
     def open(self, stream: EventStream) -> None:
         """Write what has come so far, then everything as it comes."""
         self._stream = stream
-        if self._shape.chat:
-            stream.write(self._shape.role(self._index))
+        if self._shape.chat and not self._begun.begun:
+            stream.write(self._progress.line(self._index, 0, 0, False) + self._shape.role(self._index))
         self.flush()
 
     def accepted(self, message: Accepted) -> None:
@@ -109,11 +123,12 @@ class StreamedChoice:
 
     def text(self, text: str, count: int, scores: Scores | None, now: float) -> None:
         if count:
+            self._tokens += count
             self._timing.tokens(now)
         stream = self._stream
         if scores is None and not self._text and not self._scores and not self._held and stream is not None and not stream.full:
             if text:
-                stream.write(self._before + _encode(text) + self._after)
+                stream.write(self._id() + self._before + _encode(text) + self._after)
             return
         self._text += text
         if scores:
@@ -123,6 +138,8 @@ class StreamedChoice:
     def end(self, message: End, now: float) -> None:
         self.finish = message
         self._timing.end(message, now)
+        if self._ended:  # the client knew before it lost its connection
+            self._answer.one_ended()
         self.flush()
 
     def failed(self, message: Failed) -> None:
@@ -137,13 +154,16 @@ class StreamedChoice:
             logprobs = b"null"
             if self._scores:
                 logprobs = _encode(self._logprobs())
-            stream.write(self._before + _encode(self._text) + self._shape.after(logprobs))
+            stream.write(self._id() + self._before + _encode(self._text) + self._shape.after(logprobs))
             self._text = ""
             self._scores = []
         if self.finish is not None and not stream.full:
             self._ended = True
-            stream.write(self._shape.last(self._index, self.finish))
+            stream.write(self._id(ended=True) + self._shape.last(self._index, self.finish))
             self._answer.one_ended()
+
+    def _id(self, ended: bool = False) -> bytes:
+        return self._progress.line(self._index, self._tokens, self._offset, ended)
 
     def _logprobs(self) -> object:
         if self._shape.chat:

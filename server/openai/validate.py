@@ -56,6 +56,11 @@ def seeds(body: Generation, count: int) -> tuple[int, ...]:
     return tuple((seed + place) & 0xFFFFFFFFFFFFFFFF for place in range(count))
 
 
+def timeout(body: Generation, default: float | None) -> float | None:
+    """Seconds in which the answer must be done; None for no limit."""
+    return default if body.timeout is None else number("timeout", body.timeout, 0.0, 0.0, 1e6, low_open=True)
+
+
 def stops(body: Generation) -> tuple[str, ...]:
     """The stop strings."""
     found = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

@@ -55,7 +55,7 @@ class Answer:
         if self.left:
             return None if right.text.startswith(self.text) else "what came before the reader left is not what it should be"
         if self.text != right.text:
-            same = len(os.path.commonprefix([self.text, right.text]))
+            same = next((at for at, (a, b) in enumerate(zip(self.text, right.text, strict=False)) if a != b), len(self.text))
             return f"{len(self.text)} characters instead of {len(right.text)}, equal up to {same}"
         if (self.finish, self.tokens, self.logprobs) != (right.finish, right.tokens, right.logprobs):
             return f"ended {self.finish} after {self.tokens} tokens instead of {right.finish} after {right.tokens}, or other logprobs"

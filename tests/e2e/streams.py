@@ -62,7 +62,7 @@ class Streams:
 
     async def __aenter__(self) -> Self:
         if self._ours:
-            self._client: Any = AsyncClient(self._url, timeout=60, retries=0)
+            self._client: Any = AsyncClient(self._url, timeout=60)
         else:
             self._client = openai.AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=60)
         self._tasks = [asyncio.create_task(self._run(*pair)) for pair in zip(self._requests, self.got, strict=True)]

@@ -119,7 +119,7 @@ async def test_streams_survive_the_death_of_several_processes_at_once(names):
 @pytest.mark.parametrize("other", ["tokenizer-0", "scheduler", "worker-0"])
 async def test_nothing_runs_on_for_clients_of_a_server_that_died_with_another_process(other):
     with Served(PACED) as served:
-        async with Streams(served.url, served.model, mixed(8, 6000), ours=True) as streams:
+        async with Streams(served.url, served.model, mixed(8, 6000)) as streams:
             await streams.until(40)
             pids = served.pids()
             for name in ("server-0", other):
@@ -140,6 +140,12 @@ async def test_a_killed_server_costs_its_clients_an_error_and_nothing_else(serve
     served.until_empty()
     (after,) = await run(served.url, served.model, mixed(1, 5))
     assert after.completion_tokens == 5
+
+
+async def test_our_own_clients_streams_go_on_after_the_death_of_their_server(served):
+    before = served.metric("headrace_restarts_total", process="server-0")
+    await undisturbed_then_killed(served, ("server-0",), 32, 160)
+    assert served.metric("headrace_restarts_total", process="server-0") == before + 1
 
 
 async def test_a_server_on_a_port_of_its_own_choice_comes_back_to_it():

@@ -36,7 +36,7 @@ def test_a_body_in_broken_chunks_is_a_bad_request(served):
 def test_a_client_of_http_1_0_gets_its_stream_unchunked_to_the_end_of_the_connection(served):
     status, body = answer_to(served, f"POST /v1/completions HTTP/1.0\nHost: x\nContent-Length: {len(BODY)}", BODY)
     assert " 200 " in status
-    events = [line for line in body.decode().split("\n\n") if line.startswith("data: ")]
+    events = [line for line in body.decode().splitlines() if line.startswith("data: ")]
     assert events[-1] == "data: [DONE]"
     assert sum(bool(json.loads(event[6:])["choices"][0]["text"]) for event in events[:-2] if '"choices":[{' in event) >= 1
     assert body.decode().startswith(":\n\n")

@@ -45,6 +45,10 @@ class Generation(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_
     include_stop_str_in_output: bool = False
     priority: int = 0
 
+    # Ours
+    timeout: float | None = None
+    """Seconds in which the answer must be done; it ends with an error if it is not."""
+
     # No effect
     user: str | None = None
 

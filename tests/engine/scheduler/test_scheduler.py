@@ -107,6 +107,20 @@ async def test_a_tokenizer_that_takes_a_request_over_gets_what_it_lacks(stage):
     assert stage.tokenizer.tokens[1] == expected(1, 60)
 
 
+async def test_what_is_submitted_again_with_all_its_tokens_only_ends(stage):
+    stage.start_worker()
+    scheduler = stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 4, emitted=[7, 7, 7, 7])
+    stage.submit(2, [1, 2, 3], 4, emitted=[7, 9], sampling={"stop_token_ids": (9,)})
+    await stage.tokenizer.all_ended([1, 2])
+    assert [(stage.tokenizer.ends[request].reason, stage.tokenizer.ends[request].stop_token) for request in (1, 2)] == [
+        ("length", None),
+        ("stop", 9),
+    ]
+    assert stage.tokenizer.tokens == {}
+    assert scheduler.progress().running == scheduler.progress().waiting == 0
+
+
 async def test_a_request_without_valid_logits_ends_alone(stage):
     def fail(worker):
         step = worker._runner.step
