@@ -8,13 +8,18 @@ of a product of 32 may differ in the last bit. Here no such choice is left to it
 K and N are padded to multiples of 16 by whoever prepares the operands, so a call's shape never has a ragged edge. That leaves
 two ways to leak: a row's place within its tile, and the size of the tile. Both are tried out for each (K, N), on the very
 machine, before the first product of that shape; where the small and the large tile disagree only the small one is used, and
-where a row's place matters rows go one to a call. So the invariance does not rest on what a BLAS happens to do.
+where a row's place matters rows go one to a call. So the invariance does not rest on what a BLAS happens to do. That the number of
+threads does not matter is asked of the BLAS: MKL promises it in its strict mode, and breaks it with AVX-512 otherwise.
 """
 
+import os
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+
+# Conditional numerical reproducibility (oneMKL developer guide). MKL reads it before its first product; a user's own choice stands.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 ALIGN = 16
 """K and N of every product are multiples of this."""

@@ -55,7 +55,7 @@ constexpr int INT8_CHAINS = 4;
 void multiply_int8() {
     tiles::Shapes shapes;
     for (int tile = 0; tile < 6; tile++) shapes.set(tile, 16, 64);
-    _tile_loadconfig(&shapes);
+    tiles::configure(shapes);
     for (int64_t turns = 0; turns < TURNS; turns++) {
         _tile_dpbsud(0, 4, 5);
         _tile_dpbsud(1, 4, 5);

@@ -32,6 +32,15 @@ struct alignas(64) Shapes {
 };
 static_assert(sizeof(Shapes) == 64);
 
+// What is in memory and what the tiles are told, in the order written: the compiler's intrinsics do not tell it that they read memory,
+// so that it drops or moves the stores they depend on (GCC 12's `_tile_loadconfig` names 8 bytes of the 64).
+inline void settle() { asm volatile("" ::: "memory"); }
+
+inline void configure(const Shapes& shapes) {
+    asm volatile("" : : "m"(shapes));
+    _tile_loadconfig(&shapes);
+}
+
 // The calling thread's tiles, for `count` rows of x and FOURS * 4 inputs at a time, while this lives.
 template <int FOURS>
 struct Configured {
@@ -40,7 +49,7 @@ struct Configured {
         shapes.set(0, count, 4 * PANEL);
         shapes.set(1, count, 4 * FOURS);
         shapes.set(2, FOURS, 4 * PANEL);
-        _tile_loadconfig(&shapes);
+        configure(shapes);
     }
     ~Configured() { _tile_release(); }
     Configured(const Configured&) = delete;
@@ -49,6 +58,7 @@ struct Configured {
 // sums [rows][PANEL] of codes times x. Registers (the compiler wants their numbers as digits): 0 sums, 1 x, 2 codes.
 template <Form F>
 inline void multiply(const uint8_t* codes, const uint8_t* x, int64_t stride, int32_t* sums) {
+    settle();
     _tile_zero(0);
     _tile_loadd(1, x, stride);
     _tile_loadd(2, codes, 4 * PANEL);
@@ -57,6 +67,7 @@ inline void multiply(const uint8_t* codes, const uint8_t* x, int64_t stride, int
     else
         _tile_dpbsud(0, 1, 2);
     _tile_stored(0, sums, 4 * PANEL);
+    settle();
 }
 
 }  // namespace headrace::HEADRACE_ISA::tiles
