@@ -20,19 +20,25 @@ namespace {
 
 using wide::Floats;
 
-constexpr int64_t FEW = 8;          // rows up to which codes are unpacked anew for every few of them
-constexpr int64_t DEPTH = 640;      // inputs unpacked at once: 20 KiB of codes for all panels
-constexpr int64_t ROWS = 96;        // rows that share them; their x stays in the second-level cache
-constexpr int64_t WORTH = 1 << 19;  // multiply-adds that are worth handing to a thread
-
-constexpr int SIDE = 2;             // panels that are unpacked together: each few rows of x are read once for all of them
-
-// Rows whose sums stay in registers together.
+// FEW: rows up to which codes are unpacked anew for every few of them. DEPTH: inputs unpacked at once. ROWS: rows that share them, whose x
+// stays in the second-level cache. TALL: rows whose sums stay in registers together.
+#if defined(HEADRACE_AMX)
+constexpr int64_t FEW = 16, DEPTH = 256, ROWS = 192;
+constexpr int TALL = 8;
+#elif defined(__AVX512VNNI__)
+constexpr int64_t FEW = 16, DEPTH = 640, ROWS = 96;
+constexpr int TALL = 8;
+#else
+constexpr int64_t FEW = 8, DEPTH = 640, ROWS = 96;
 #if defined(__AVX2__)
 constexpr int TALL = 4;
 #else
 constexpr int TALL = 1;
 #endif
+#endif
+constexpr int64_t WORTH = 1 << 19;  // multiply-adds that are worth handing to a thread
+
+constexpr int SIDE = 2;             // panels that are unpacked together: each few rows of x are read once for all of them
 
 // A unit of inputs of a panel, unpacked: scales, minimums, and a byte a code, for 4 inputs at a time.
 template <int UNIT>
@@ -141,25 +147,41 @@ inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, 
 }
 
 #if defined(HEADRACE_AMX)
-// The same for unpacked units, by tiles.
+// The same for unpacked units, by tiles: the products of some units, then the sums, which stay in registers meanwhile, a row in each.
+// One unit at a time would have every sum wait for its product to come back from the tile.
 template <Form F, int UNIT, bool minimums, int N>
-inline void add_rows_by_tiles(Scratch<UNIT> units, int offset, const uint8_t* x, int64_t stride, int64_t steps, float* sums) {
-    constexpr int64_t STEP = quantized_step(UNIT);
+inline void add_rows_by_tiles(tiles::Configured<UNIT / 4>& tiles, Scratch<UNIT> units, int offset, const uint8_t* x, int64_t stride,
+                              int64_t steps, float* sums) {
+    constexpr int64_t STEP = quantized_step(UNIT), PER_STEP = QUANTUM / UNIT, TOGETHER = 8;
     const High<F, minimums, 0> high(offset);
-    const tiles::Configured<UNIT / 4> configured(N);
-    alignas(64) int32_t products[N][PANEL];
-    for (; steps > 0; steps--, x += STEP)
-        for (int unit = 0; unit < QUANTUM / UNIT; unit++) {
-            tiles::multiply<F>(units.next(), x + STEP - QUANTUM + unit * UNIT, stride, products[0]);
-            for (int r = 0; r < N; r++) {
-                const Floats x_scale = wide::all(float_at(x + r * stride)), x_sum = wide::all(float_at(x + r * stride + 4 + 4 * unit));
-                for (int v = 0; v < PARTS; v++) {
-                    float* sum = sums + r * PANEL + v * wide::WIDTH;
-                    const wide::Ints product = wide::ints(products[r] + v * wide::WIDTH);
-                    wide::store(sum, add_sum<minimums>(wide::load(sum), product, high, x_scale, x_sum, units, v));
+    tiles.rows(N);
+    alignas(64) int32_t products[TOGETHER][N][PANEL];
+    Floats acc[N][PARTS];
+#pragma GCC unroll 16
+    for (int r = 0; r < N; r++)
+        for (int v = 0; v < PARTS; v++) acc[r][v] = wide::load(sums + r * PANEL + v * wide::WIDTH);
+    while (steps > 0) {
+        const int64_t now = std::min(steps, TOGETHER / PER_STEP);
+        Scratch<UNIT> ahead = units;
+        for (int64_t unit = 0; unit < now * PER_STEP; unit++)
+            tiles::multiply<F>(ahead.next(), x + unit / PER_STEP * STEP + STEP - QUANTUM + unit % PER_STEP * UNIT, stride, products[unit][0]);
+        for (int64_t step = 0; step < now; step++, x += STEP)
+#pragma GCC unroll 2
+            for (int unit = 0; unit < PER_STEP; unit++) {
+                units.next();
+#pragma GCC unroll 16
+                for (int r = 0; r < N; r++) {
+                    const Floats x_scale = wide::all(float_at(x + r * stride)), x_sum = wide::all(float_at(x + r * stride + 4 + 4 * unit));
+                    const int32_t* product = products[step * PER_STEP + unit][r];
+                    for (int v = 0; v < PARTS; v++)
+                        acc[r][v] = add_sum<minimums>(acc[r][v], wide::ints(product + v * wide::WIDTH), high, x_scale, x_sum, units, v);
                 }
             }
-        }
+        steps -= now;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < N; r++)
+        for (int v = 0; v < PARTS; v++) wide::store(sums + r * PANEL + v * wide::WIDTH, acc[r][v]);
 }
 #endif
 
@@ -188,19 +210,21 @@ struct Product {
         add_rows<F, UNIT, minimums, N>(units, w.offset, x, stride, steps, sums);
     }
 
-    // Of units that were unpacked, up to SHARED rows.
+    // Of units that were unpacked, so many rows at a time.
 #if defined(HEADRACE_AMX)
     static constexpr int SHARED = tiles::ROWS;
+    using Means = tiles::Configured<UNIT / 4>;
 
     template <int N>
-    void add_unpacked(const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
-        add_rows_by_tiles<F, UNIT, minimums, N>({units}, w.offset, x, stride, steps, sums);
+    void add_unpacked(Means& tiles, const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
+        add_rows_by_tiles<F, UNIT, minimums, N>(tiles, {units}, w.offset, x, stride, steps, sums);
     }
 #else
     static constexpr int SHARED = TALL;
+    struct Means {};
 
     template <int N>
-    void add_unpacked(const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
+    void add_unpacked(Means&, const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
         add<N>(Scratch<UNIT>{units}, x, steps, sums);
     }
 #endif
@@ -225,18 +249,19 @@ struct Product {
                    stretches * ((rows + SHARED - 1) / SHARED));
         static_assert(SIDE == 2);
         Stream<F, UNIT> streams[SIDE] = {{blocks, panel, w.group}, {blocks, panel + 1, w.group}};
+        Means means;
         for (int64_t step = 0; step < steps; step += longest) {
             const int64_t count = std::min(longest, steps - step);
             for (int64_t p = 0; p < panels; p++)
                 for (int64_t unit = 0; unit < count * (QUANTUM / UNIT); unit++) unpack(streams[p], unpacked[p][unit]);
             const uint8_t* from = x + step * quantized_step(UNIT);
-            by_heights<SHARED>(rows, [&]<int N>(int64_t r) {
+            by_most<SHARED>(rows, [&]<int N>(int64_t r) {
                 next.ask();
                 if (step == 0)
                     for (int i = 0; i < N; i++)
                         for (int64_t p = 0; p < panels; p++) __builtin_prefetch(y + (r + i) * width + (panel + p) * PANEL, 1, 2);
                 for (int64_t p = 0; p < panels; p++)
-                    add_unpacked<N>(unpacked[p], from + r * stride, count, sums[p] + r * PANEL);
+                    add_unpacked<N>(means, unpacked[p], from + r * stride, count, sums[p] + r * PANEL);
             });
         }
         for (int64_t p = 0; p < panels; p++) finish(sums[p], rows, panel + p, y, width);

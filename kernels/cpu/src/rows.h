@@ -25,4 +25,12 @@ inline void by_heights(int64_t rows, const Use& use) {
     }
 }
 
+// The same for groups of MOST rows, and one of what is left.
+template <int MOST, class Use>
+inline void by_most(int64_t rows, const Use& use) {
+    int64_t r = 0;
+    for (; rows - r >= MOST; r += MOST) use.template operator()<MOST>(r);
+    if (r < rows) with_height<MOST>(rows - r, [&]<int N>() { use.template operator()<N>(r); });
+}
+
 }  // namespace headrace::HEADRACE_ISA

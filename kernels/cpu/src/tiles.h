@@ -41,18 +41,30 @@ inline void configure(const Shapes& shapes) {
     _tile_loadconfig(&shapes);
 }
 
-// The calling thread's tiles, for `count` rows of x and FOURS * 4 inputs at a time, while this lives.
+// The calling thread's tiles while this lives, for FOURS * 4 inputs at a time. To be told their shape costs as much as some products
+// (about 80 ns), so that it is done only when it changes.
 template <int FOURS>
-struct Configured {
-    explicit Configured(int count) {
+class Configured {
+  public:
+    Configured() = default;
+    Configured(const Configured&) = delete;
+    ~Configured() {
+        if (count) _tile_release();
+    }
+
+    // For this many rows of x.
+    void rows(int wanted) {
+        if (wanted == count) return;
+        count = wanted;
         Shapes shapes;
         shapes.set(0, count, 4 * PANEL);
         shapes.set(1, count, 4 * FOURS);
         shapes.set(2, FOURS, 4 * PANEL);
         configure(shapes);
     }
-    ~Configured() { _tile_release(); }
-    Configured(const Configured&) = delete;
+
+  private:
+    int count = 0;
 };
 
 // sums [rows][PANEL] of codes times x. Registers (the compiler wants their numbers as digits): 0 sums, 1 x, 2 codes.
