@@ -18,5 +18,8 @@ TEST_MARK = "HEADRACE_TEST_RUN"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="headrace-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+# torch's threads spin while they wait for each other, for ever on a machine where something else wants the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 for name in [name for name in os.environ if name.startswith("HEADRACE_") and name != TEST_MARK]:
     del os.environ[name]

@@ -20,14 +20,19 @@
 #include "ops.h"
 #include "pages.h"
 #include "rows.h"
+#include "wide.h"
 
 namespace headrace::HEADRACE_ISA {
 namespace {
 
+// Scores and outputs are summed up a lane each, as wide as the machine has vectors, and eight at a time where that does not go up.
+using wide::Widest;
+
 constexpr int64_t BLOCK = 64;
 constexpr int64_t SPLIT = 256;
 constexpr int64_t TILE_ROWS = 48;
-constexpr int TALL = 6;  // rows whose sums for two vectors stay in registers together
+constexpr int TALL = 6;  // rows whose sums for SIDE vectors stay in registers together
+constexpr int SIDE = wide::WIDTH > LANES ? 4 : 2;
 constexpr int GROUPS = BLOCK / LANES;  // vectors of positions a block
 constexpr float NOTHING = -1e30f;      // the highest score of a row that has seen no position yet
 
@@ -114,84 +119,100 @@ struct Block {
 };
 
 // acc[r][v] += row(r) * column(v). The fewer of both are held in registers, the others come one by one.
-template <int R, int V, class Rows, class Columns>
-inline void add_product(Vec (&acc)[R][V], const Rows& row, const Columns& column) {
+template <class L, int R, int V, class Rows, class Columns>
+inline void add_product(typename L::Floats (&acc)[R][V], const Rows& row, const Columns& column) {
+    using Floats = typename L::Floats;
     if constexpr (R < V) {
-        Vec rows[R];
+        Floats rows[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) rows[r] = row(r);
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
-            const Vec one = column(v);
+            const Floats one = column(v);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) acc[r][v] = fma(rows[r], one, acc[r][v]);
+            for (int r = 0; r < R; r++) acc[r][v] = L::fma(rows[r], one, acc[r][v]);
         }
     } else {
-        Vec columns[V];
+        Floats columns[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) columns[v] = column(v);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const Vec one = row(r);
+            const Floats one = row(r);
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) acc[r][v] = fma(one, columns[v], acc[r][v]);
+            for (int v = 0; v < V; v++) acc[r][v] = L::fma(one, columns[v], acc[r][v]);
         }
     }
 }
 
-template <int R, int V, class T>
+// Of V vectors of positions, whose keys stand at every `apart`-th place of `keys`.
+template <class L, int R, int V, class T>
 inline void some_scores(const float* const* q, const T* const* keys, int64_t stride, int64_t dim, float scale, float (*scores)[BLOCK]) {
-    Vec acc[R][V] = {};
-    for (int64_t d = 0; d < dim; d++) {
-        add_product(acc, [&](int r) { return all(q[r][d]); }, [&](int v) { return widen(keys[v] + d * stride); });
-    }
+    constexpr int GROUP = L::WIDTH / LANES;
+    typename L::Floats acc[R][V] = {};
+    for (int64_t d = 0; d < dim; d++)
+        add_product<L>(acc, [&](int r) { return L::all(q[r][d]); }, [&](int v) { return L::widen(keys[v * GROUP] + d * stride); });
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(scores[r] + v * LANES, acc[r][v] * all(scale));
+        for (int v = 0; v < V; v++) L::store(scores[r] + v * L::WIDTH, acc[r][v] * L::all(scale));
 }
 
-// scores[r][j] of R rows with all positions of a block that are known, and some behind them.
+// scores[r][j] of R rows with all positions of a block that are known, and some behind them, from group g on; g becomes the first group
+// that is left.
+template <class L, int R, class T>
+inline void scores_of_groups(const Problem& p, const Block<T>& block, const float* const* q, int64_t groups, int64_t& g, float (*scores)[BLOCK]) {
+    constexpr int GROUP = L::WIDTH / LANES;
+    auto some = [&]<int V>() {
+        while (g + V * GROUP <= groups) {
+            auto* at = reinterpret_cast<float(*)[BLOCK]>(scores[0] + g * LANES);
+            some_scores<L, R, V>(q, block.keys + g, block.stride, p.heads.dim, p.scale, at);
+            g += V * GROUP;
+        }
+    };
+    if constexpr (R <= 3 || SIDE >= 4) some.template operator()<4>();
+    some.template operator()<2>();
+    some.template operator()<1>();
+}
+
 template <int R, class T>
 void scores_of(const Problem& p, const Block<T>& block, const float* const* q, float (*scores)[BLOCK]) {
     const int64_t groups = (block.known + LANES - 1) / LANES;
     int64_t g = 0;
-    auto some = [&]<int V>() {
-        auto* at = reinterpret_cast<float(*)[BLOCK]>(scores[0] + g * LANES);
-        some_scores<R, V>(q, block.keys + g, block.stride, p.heads.dim, p.scale, at);
-        g += V;
-    };
-    if constexpr (R <= 3)
-        while (g + 4 <= groups) some.template operator()<4>();
-    while (g + 2 <= groups) some.template operator()<2>();
-    while (g < groups) some.template operator()<1>();
+    // Positions that share a vector lie side by side where pages are cut that way.
+    if constexpr (Widest::WIDTH > LANES)
+        if (block.stride % Widest::WIDTH == 0) scores_of_groups<Widest, R>(p, block, q, groups, g, scores);
+    scores_of_groups<Eight, R>(p, block, q, groups, g, scores);
 }
 
 // out[r] += Σ weights[r][j] * values[j], j from `from` to `to` in order, V vectors of D at a time.
-template <int R, int V, class T>
+template <class L, int R, int V, class T>
 inline void some_values(const float (*weights)[BLOCK], const T* const* values, int64_t from, int64_t to, int64_t at, float* const* out) {
-    Vec acc[R][V];
+    typename L::Floats acc[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) acc[r][v] = load(out[r] + at + v * LANES);
+        for (int v = 0; v < V; v++) acc[r][v] = L::load(out[r] + at + v * L::WIDTH);
     for (int64_t j = from; j < to; j++) {
         const T* value = values[j] + at;
-        add_product(acc, [&](int r) { return all(weights[r][j]); }, [&](int v) { return widen(value + v * LANES); });
+        add_product<L>(acc, [&](int r) { return L::all(weights[r][j]); }, [&](int v) { return L::widen(value + v * L::WIDTH); });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(out[r] + at + v * LANES, acc[r][v]);
+        for (int v = 0; v < V; v++) L::store(out[r] + at + v * L::WIDTH, acc[r][v]);
 }
 
 template <int R, class T>
 void add_values(const float (*weights)[BLOCK], const T* const* values, int64_t from, int64_t to, int64_t width, float* const* out) {
     int64_t d = 0;
-    if constexpr (R <= 3)
-        for (; d + 4 * LANES <= width; d += 4 * LANES) some_values<R, 4>(weights, values, from, to, d, out);
-    for (; d + 2 * LANES <= width; d += 2 * LANES) some_values<R, 2>(weights, values, from, to, d, out);
-    for (; d < width; d += LANES) some_values<R, 1>(weights, values, from, to, d, out);
+    auto some = [&]<class L, int V>() {
+        for (; d + V * L::WIDTH <= width; d += V * L::WIDTH) some_values<L, R, V>(weights, values, from, to, d, out);
+    };
+    if constexpr (R <= 3 || SIDE >= 4) some.template operator()<Widest, 4>();
+    some.template operator()<Widest, 2>();
+    some.template operator()<Widest, 1>();
+    if constexpr (Widest::WIDTH > LANES) some.template operator()<Eight, 1>();
 }
 
 // Brings scores, or weights, of whole numbers to what these stand for.
@@ -221,14 +242,19 @@ inline void soften(float* scores, int64_t from, int64_t to, int64_t width, float
         state[0] = top;
         state[1] *= fade;
     }
+    int group = 0;
+    auto weigh = [&]<class L>() {
+        for (constexpr int COUNT = L::WIDTH / LANES; group + COUNT <= groups; group += COUNT) {
+            const auto score = L::load(scores + group * LANES);
+            auto weight = exp_of<L>(score - L::all(state[0]));
+            if (!whole) weight = score == L::all(2 * NOTHING) ? L::all(0.0f) : weight;
+            L::store(scores + group * LANES, weight);
+        }
+    };
+    weigh.template operator()<Widest>();
+    weigh.template operator()<Eight>();
     Vec total = {};
-    for (int i = 0; i < groups; i++) {
-        const Vec score = load(scores + i * LANES);
-        Vec weight = exp(score - all(state[0]));
-        if (!whole) weight = select(score == all(2 * NOTHING), all(0.0f), weight);
-        store(scores + i * LANES, weight);
-        total += weight;
-    }
+    for (int i = 0; i < groups; i++) total += load(scores + i * LANES);
     for (int i = groups; i < GROUPS; i++) store(scores + i * LANES, all(0.0f));
     state[1] += sum(total);
 }

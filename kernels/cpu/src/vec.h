@@ -125,24 +125,44 @@ inline float max_lane(Vec v) {
     return w[0] > w[1] ? w[0] : w[1];
 }
 
+// What code that is written for vectors of either width calls: these are eight lanes; `wide.h` has the widest.
+struct Eight {
+    using Floats = Vec;
+    using Ints = HEADRACE_ISA::Ints;
+    static constexpr int WIDTH = LANES;
+
+    static Floats all(float x) { return HEADRACE_ISA::all(x); }
+    static Floats fma(Floats a, Floats b, Floats c) { return HEADRACE_ISA::fma(a, b, c); }
+    static Floats load(const float* p) { return HEADRACE_ISA::load(p); }
+    static void store(float* p, Floats v) { HEADRACE_ISA::store(p, v); }
+    template <class T>
+    static Floats widen(const T* p) {
+        return HEADRACE_ISA::widen(p);
+    }
+};
+
 // e^x within 2 units in the last place: range reduction by ln 2 in two parts, then a polynomial of degree 6 (Cephes' expf). Below -87 it
 // is e^-87, above 88 e^88; NaN stays NaN. The same instructions for every lane, so a value does not depend on its place.
-inline Vec exp(Vec x) {
-    x = select(x < all(-87.0f), all(-87.0f), x);
-    x = select(x > all(88.0f), all(88.0f), x);
+template <class L>
+inline typename L::Floats exp_of(typename L::Floats x) {
+    using Floats = typename L::Floats;
+    x = x < L::all(-87.0f) ? L::all(-87.0f) : x;
+    x = x > L::all(88.0f) ? L::all(88.0f) : x;
     // adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits of the sum
-    Vec shifted = fma(x, all(1.44269504088896341f), all(12582912.0f));
-    Vec n = shifted - all(12582912.0f);
-    Vec r = fma(n, all(-0.693359375f), x);
-    r = fma(n, all(2.12194440e-4f), r);
-    Vec p = all(1.9875691500e-4f);
-    p = fma(p, r, all(1.3981999507e-3f));
-    p = fma(p, r, all(8.3334519073e-3f));
-    p = fma(p, r, all(4.1665795894e-2f));
-    p = fma(p, r, all(1.6666665459e-1f));
-    p = fma(p, r, all(5.0000001201e-1f));
-    p = fma(p, r * r, r + all(1.0f));
-    return p * std::bit_cast<Vec>((std::bit_cast<Ints>(shifted) << 23) + (127 << 23));
+    Floats shifted = L::fma(x, L::all(1.44269504088896341f), L::all(12582912.0f));
+    Floats n = shifted - L::all(12582912.0f);
+    Floats r = L::fma(n, L::all(-0.693359375f), x);
+    r = L::fma(n, L::all(2.12194440e-4f), r);
+    Floats p = L::all(1.9875691500e-4f);
+    p = L::fma(p, r, L::all(1.3981999507e-3f));
+    p = L::fma(p, r, L::all(8.3334519073e-3f));
+    p = L::fma(p, r, L::all(4.1665795894e-2f));
+    p = L::fma(p, r, L::all(1.6666665459e-1f));
+    p = L::fma(p, r, L::all(5.0000001201e-1f));
+    p = L::fma(p, r * r, r + L::all(1.0f));
+    return p * std::bit_cast<Floats>((std::bit_cast<typename L::Ints>(shifted) << 23) + (127 << 23));
 }
+
+inline Vec exp(Vec x) { return exp_of<Eight>(x); }
 
 }  // namespace headrace::HEADRACE_ISA

@@ -92,6 +92,25 @@ inline Ints ints(const void* p) {
     return v;
 }
 
+#if defined(__AVX512F__)
+struct Widest {
+    using Floats = wide::Floats;
+    using Ints = wide::Ints;
+    static constexpr int WIDTH = wide::WIDTH;
+
+    static Floats all(float x) { return wide::all(x); }
+    static Floats fma(Floats a, Floats b, Floats c) { return wide::fma(a, b, c); }
+    static Floats load(const float* p) { return wide::load(p); }
+    static void store(float* p, Floats v) { wide::store(p, v); }
+    template <class T>
+    static Floats widen(const T* p) {
+        return wide::widen(p);
+    }
+};
+#else
+using Widest = Eight;
+#endif
+
 // Bytes whose nibbles are the codes of a panel's halves: the low nibbles of all lanes that `part` says.
 inline Ints nibbles(const uint8_t* p, [[maybe_unused]] int part) {
 #if defined(__AVX512F__)
