@@ -196,8 +196,9 @@ def _diagnose_software(report: Report) -> Iterator[Finding]:
         yield Finding("slow", "the processor has no AVX2 and FMA: every matrix product runs on narrow vectors")
     if machine.architecture not in ("x86_64", "aarch64"):
         yield Finding("slow", f"there are no vector kernels for {machine.architecture}")
-    if probe.gpus or machine.nvidia or machine.amd:
-        yield Finding("note", "there is a GPU, but the GPU kernels are not built yet: the engine would run on the CPU")
+    if (probe.gpus or machine.nvidia or machine.amd) and probe.kernels != "triton":
+        why = "; ".join(probe.warnings) or f"{probe.kernels} kernels were asked for"
+        yield Finding("slow", f"there is a GPU, but the engine would run on the CPU: {why}")
 
 
 def _diagnose_cores(report: Report) -> Iterator[Finding]:

@@ -24,8 +24,6 @@ from headrace.engine.sizes import parse_size
 PREFIX = "HEADRACE_"
 FILE_VARIABLE = "HEADRACE_CONFIG"
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-NOT_BUILT = {"kernels": ("triton",)}
-"""Values that are planned, and refused until they work."""
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -50,7 +48,7 @@ class Setting(msgspec.Struct, frozen=True):
         """What a value may be, in words."""
         kind = self.kind
         if isinstance(kind, inspect.LiteralType):
-            return "one of " + ", ".join(str(value) for value in kind.values if value not in NOT_BUILT.get(self.name, ()))
+            return "one of " + ", ".join(map(str, kind.values))
         if isinstance(kind, inspect.BoolType):
             return "true or false"
         if isinstance(kind, inspect.IntType | inspect.FloatType):
@@ -185,8 +183,6 @@ def _checked(setting: Setting, value: Any, where: str) -> Any:
             raise UserError(f"{where}: tensor_parallel={value} is not built yet; leave it at 1")
         value = float(value) if isinstance(kind, inspect.FloatType) else value
     elif isinstance(kind, inspect.LiteralType):
-        if value in NOT_BUILT.get(setting.name, ()):
-            raise UserError(f"{where} is not built yet: expected {setting.allowed()}")
         if value not in kind.values:
             raise wrong
     elif type(value) is not str or not value.strip():

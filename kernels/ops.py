@@ -230,6 +230,10 @@ class Backend(Protocol):
         """Bytes that one page takes in all layers together."""
         ...
 
+    def kv_room(self) -> int:
+        """Bytes that pages may take where nobody says otherwise. Asked when all weights have been prepared."""
+        ...
+
     def compile(self, model: Model, kv: Sequence[KVPages]) -> Program:
         """The model's ops on these pages. Every weight has been prepared by now."""
         ...

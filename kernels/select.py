@@ -1,10 +1,13 @@
 """Which backend serves: the answer to `--kernels`.
 
-A worker asks once, at its start. Whatever cannot be had is refused by name, save under "auto", which falls back to the reference
-and says so.
+A worker asks once, at its start. Whatever cannot be had is refused by name, save under "auto", which takes the GPU if there is one, else
+the CPU's own kernels, and falls back to the reference and says so.
 """
 
+import importlib.util
 import logging
+import os
+from pathlib import Path
 
 from headrace.kernels.ops import Backend
 
@@ -17,16 +20,26 @@ class KernelsUnavailable(Exception):
     """The kernels asked for cannot run here. The text is one line for the user, with the way out."""
 
 
+GPU_NODES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+"""Where the drivers of NVIDIA's and AMD's GPUs are found: without either nobody waits for torch to look."""
+
+
 def make_backend(kind: str, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> Backend:
     """The backend of `kind` (one of KINDS) on `device` ("cpu", "cuda", "cuda:1", …). `threads` bounds the CPU threads of an op; None lets
-    the backend choose. `activations` is "f32" or "int8": what weights of integers are multiplied with.
+    the backend choose. `activations` is "f32" or "int8": what weights of integers are multiplied with; on a GPU, "f32" makes everything
+    float32, and "int8" leaves it at bfloat16. Triton's kernels choose their device themselves.
 
     Raises KernelsUnavailable.
     """
     if kind not in KINDS:
         raise KernelsUnavailable(f'kernels "{kind}" are not known: choose one of {", ".join(KINDS)}')
-    if kind == "triton":
-        raise KernelsUnavailable("the Triton kernels are not built yet: choose --kernels auto, reference or cpu")
+    if kind == "triton" or (kind == "auto" and device == "cpu" and any(node.exists() for node in GPU_NODES)):
+        try:
+            return _triton(activations)
+        except KernelsUnavailable as reason:
+            if kind == "triton":
+                raise
+            log.warning("%s: serving from the CPU", reason)
     if kind == "cpu" and device != "cpu":
         raise KernelsUnavailable(f"the native CPU kernels cannot run on {device}: choose --kernels auto or reference")
     if kind == "reference" or device != "cpu":
@@ -51,3 +64,22 @@ def _reference(device: str, threads: int | None, activations: str) -> Backend:
     from headrace.kernels.reference import ReferenceBackend
 
     return ReferenceBackend(device, threads, activations)
+
+
+def _triton(activations: str) -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        raise KernelsUnavailable('the Triton kernels need the package triton, which comes with torch for GPUs: install "headrace[triton]"')
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
+        raise KernelsUnavailable(
+            "the Triton kernels need a GPU that torch can use, and it finds none: choose --kernels auto, reference or cpu"
+        )
+    if interpreted:
+        # Its bfloat16 is not the hardware's.
+        activations = "f32"
+        log.warning("Triton interprets the kernels on the CPU, for tests: hundreds of times slower than anything else")
+    from headrace.kernels.triton import TritonBackend
+
+    return TritonBackend("cpu" if interpreted else "cuda", torch.float32 if activations == "f32" else torch.bfloat16)

@@ -10,7 +10,6 @@ Run as `python -m headrace.workers.runner`, one process a rank.
 """
 
 import math
-import os
 import time
 from typing import NamedTuple
 
@@ -33,9 +32,6 @@ from headrace.workers.loader import open_checkpoint
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.families import describe
 from headrace.workers.worker import Outcome, Worker, rank_of
-
-MOST_KV_BYTES = 4 << 30
-"""KV pages take a quarter of the free memory, but no more than this unless the user says so."""
 
 Scores = tuple[float, list[int], list[float]]
 """See `headrace.kernels.ops.Sampled`."""
@@ -201,16 +197,11 @@ def _penalizes(sequence: Sequence) -> bool:
     return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
-def page_count(page_bytes: int, kv_memory: str | None) -> int:
-    """How many KV pages to have. `UserError` when not even one page fits."""
-    if kv_memory is None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        wanted = min(free // 4, MOST_KV_BYTES)
-    else:
-        wanted = parse_size(kv_memory)
-    pages = wanted // page_bytes
+def page_count(page_bytes: int, room: int, asked: str | None) -> int:
+    """How many KV pages fit into so many bytes, which the user `asked` for or not. `UserError` when not even one does."""
+    pages = room // page_bytes
     if pages < 1:
-        raise UserError(f"--kv-memory {kv_memory or wanted} holds no page of {page_bytes} bytes: give more, or a smaller --page-size")
+        raise UserError(f"--kv-memory {asked or room} holds no page of {page_bytes} bytes: give more, or a smaller --page-size")
     return pages
 
 
@@ -223,11 +214,14 @@ async def build(process: Process) -> Worker:
         raise UserError(str(error)) from None
     checkpoint = open_checkpoint(model)
     described, names = describe(model.architecture, checkpoint)
-    # Before the weights, so that too little memory is told at once.
     page_bytes = backend.page_bytes(len(described.layers), config.page_size, head_shape(described), config.kv_dtype)
-    pages = page_count(page_bytes, config.kv_memory)
+    asked = config.kv_memory
+    if asked is not None:
+        # Before the weights, so that too little memory is told at once.
+        page_count(page_bytes, parse_size(asked), asked)
     backend.keep(weights_folder(checkpoint), weights_version(checkpoint))
     decoder = Decoder(described, names, checkpoint, backend, model.context)
+    pages = page_count(page_bytes, backend.kv_room() if asked is None else parse_size(asked), asked)
     runner = ModelRunner(decoder, backend, pages, config.page_size, config.kv_dtype)
     runner.warm_up()
     process.detail = f"{backend.name} kernels, {pages} pages of {config.page_size} tokens"

@@ -37,6 +37,8 @@ from headrace.engine.scheduler.timeline import Timelines
 
 log = logging.getLogger(__name__)
 
+TICK_S = 0.002
+"""By how much the event loop's timers may be early."""
 NO_LOGITS = "the model gave no valid logits for this request (not a number, or nothing but minus infinity): other requests are not affected"
 QUARANTINED = "a worker process died whenever it ran this request, so it is not run again: other requests are not affected"
 
@@ -186,8 +188,9 @@ class Scheduler:
 
     def _expire(self) -> None:
         """End every request whose time is up."""
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
+        # A timer may be early by its clock's tick, and will not come again.
+        due = time.monotonic() + TICK_S
+        while self._deadlines and self._deadlines[0][0] <= due:
             deadline, request = heapq.heappop(self._deadlines)
             entry = self._journal.get(request)
             if entry is not None and entry.submit.deadline == deadline:

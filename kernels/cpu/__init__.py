@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from headrace.kernels.ops import HeadShape, Model, RopeTable, Sampled, SamplingBatch
+from headrace.kernels.room import host_room
 from headrace.kernels.weights import Weight
 
 try:
@@ -115,6 +116,9 @@ class CpuBackend:
 
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
         return page_bytes(layers, page_size, heads, dtype)
+
+    def kv_room(self) -> int:
+        return host_room()
 
     def compile(self, model: Model, kv: Sequence[Pages]) -> CpuProgram:
         if self._store is not None:

@@ -20,6 +20,7 @@ from headrace.kernels.reference.linear import PreparedLinear, linear, prepare
 from headrace.kernels.reference.norm import rmsnorm
 from headrace.kernels.reference.rope import Rope, rope_write_kv
 from headrace.kernels.reference.step import TYPES, KVPages, StepTokens
+from headrace.kernels.room import host_room
 from headrace.kernels.weights import Weight
 
 
@@ -55,6 +56,9 @@ class ReferenceBackend:
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
         position = 2 * (TYPES[dtype].itemsize * heads.dim + (4 if dtype == "int8" else 0))
         return layers * heads.kv_heads * page_size * position
+
+    def kv_room(self) -> int:
+        return host_room()
 
     def compile(self, model: Model, kv: Sequence[KVPages]) -> "ReferenceProgram":
         return ReferenceProgram(self, model, kv)

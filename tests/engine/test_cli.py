@@ -93,7 +93,6 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, arguments, says):
     ("arguments", "says"),
     [
         (["serve", "--port", "abc"], "headrace: --port abc: expected an integer from 0 to 65535\n"),
-        (["serve", "--kernels", "triton"], "headrace: --kernels triton is not built yet"),
         (["serve", "/no/such/model.gguf"], "headrace: no model at '/no/such/model.gguf'"),
         (["serve", "--revision", "main"], "headrace: revision='main' is for hub models"),
         (["serve", "--config", "/no/such.toml"], "headrace: cannot read the configuration file /no/such.toml"),

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from headrace.kernels import select
 from headrace.kernels.select import KernelsUnavailable, make_backend
 
 
@@ -29,10 +30,19 @@ def test_cpu_kernels_that_cannot_be_loaded_are_an_error_with_a_way_out(no_native
         make_backend("cpu")
 
 
-@pytest.mark.parametrize(("kind", "message"), [("triton", "not built yet"), ("fast", 'kernels "fast" are not known: choose one of auto')])
-def test_kernels_that_do_not_exist_are_refused_by_name(kind, message):
-    with pytest.raises(KernelsUnavailable, match=message):
-        make_backend(kind)
+def test_kernels_that_do_not_exist_are_refused_by_name():
+    with pytest.raises(KernelsUnavailable, match='kernels "fast" are not known: choose one of auto'):
+        make_backend("fast")
+
+
+def test_triton_without_its_package_or_a_gpu_is_refused_and_passed_over(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(select, "GPU_NODES", (tmp_path,))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(KernelsUnavailable, match="the Triton kernels need"):
+        make_backend("triton")
+    with caplog.at_level(logging.WARNING):
+        assert make_backend("auto").name in ("cpu", "reference")
+    assert "serving from the CPU" in caplog.text
 
 
 def test_cpu_kernels_on_another_device_are_refused():

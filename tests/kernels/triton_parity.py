@@ -1,0 +1,243 @@
+"""Every op of the Triton backend against the reference, on a GPU or in Triton's interpreter: run as a program, since Triton decides when
+it is imported how kernels run.
+
+    python -m tests.kernels.triton_parity --device cuda              all types
+    TRITON_INTERPRET=1 python -m tests.kernels.triton_parity --device cpu    float32 alone: the interpreter rounds other types wrongly
+
+Prints a line of JSON for each check, `{"check": …, "type": …, "error": …, "bound": …, "ok": …}`, and ends with 1 if one fails. Errors are
+‖out − reference‖ / ‖reference‖; those of invariance are counts of values that are not the same bits.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from headrace.kernels.ops import Batch, HeadShape, RopeTable
+from headrace.kernels.reference.step import KVPages as ReferencePages
+from headrace.kernels.triton import TritonBackend, TritonOps
+from headrace.kernels.triton.pages import TYPES, KVPages
+from headrace.kernels.triton.step import StepTokens
+from headrace.kernels.weights import GroupedInt, Weight
+from tests.kernels.eager import ReferenceOps
+from tests.kernels.paged import Paged, dense, paged, random
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+REFERENCE = ReferenceOps()
+
+
+def weight_of(kind: str, n: int, k: int) -> Weight:
+    if kind == "int4":
+        dice = np.random.default_rng(n + k)
+        codes = dice.integers(0, 16, (n, k), np.int8)
+        scales, minimums = (
+            dice.uniform(low, high, (n, k // 32)).astype(np.float16).astype(np.float32) for low, high in ((0.01, 0.1), (-0.5, 0))
+        )
+        return GroupedInt(codes, scales, minimums, 32, 4)
+    if kind == "int8":
+        dice = np.random.default_rng(n + k)
+        return GroupedInt(
+            dice.integers(-128, 128, (n, k), np.int8), dice.uniform(0.001, 0.01, (n, k // 32)).astype(np.float32), None, 32, 8
+        )
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[kind]
+    return dense((random(n, k, seed=n + k) / k**0.5).to(dtype))
+
+
+def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:
+    got, expected = got.float().cpu(), expected.float().cpu()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+class Checks:
+    """All checks on one device for activations of one type."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.backend = TritonBackend(device, dtype)
+        self.ops = TritonOps(dtype, dtype)
+        self.device, self.dtype = torch.device(device), dtype
+        self.full = device != "cpu"
+
+    def all(self) -> Iterator[tuple[str, Callable[[], float], float]]:
+        """Name, what gives the error, and the most that it may be."""
+        bound = BOUNDS[self.dtype]
+        kinds = ["float32"] if self.dtype == torch.float32 else ["bfloat16" if self.dtype == torch.bfloat16 else "float16"]
+        shapes = [(64, 96), (100, 576), (72, 2048 + 32)]
+        for kind in [*kinds, "int4", "int8"]:
+            for n, k in shapes:
+                for rows in (1, 17, 150) if self.full else (1, 17):
+                    yield f"linear {kind} {rows}x{n}x{k}", lambda a=(kind, rows, n, k): self.linear(*a), bound
+            yield f"linear {kind} rows alone and together", lambda kind=kind: self.linear_rows(kind), 0
+        yield "linear stacked with bias", self.stacked, bound
+        yield "embed", self.embed, bound
+        yield "rmsnorm", lambda: self.norm(False), bound
+        yield "add_rmsnorm", lambda: self.norm(True), bound
+        for activation in ("silu", "gelu_tanh"):
+            yield f"gated {activation}", lambda a=activation: self.gated(a), bound
+        pages = ["f32"] if self.dtype == torch.float32 else ["f16", "bf16"]
+        for heads in (HeadShape(6, 2, 24), HeadShape(4, 4, 64), HeadShape(8, 2, 128)):
+            for kind in [*pages, "int8"]:
+                worse = 1.2e-2 if kind == "int8" else 0
+                yield f"rope_write_kv {heads} {kind}", lambda a=(heads, kind): self.rope(*a), max(bound, worse)
+                for window in (None, 40):
+                    yield f"attention {heads} {kind} window {window}", lambda a=(heads, kind, window): self.attention(*a), max(bound, worse)
+                yield f"attention {heads} {kind} rows alone and together", lambda a=(heads, kind): self.attention_rows(*a), 0
+                yield f"attention {heads} {kind} trees as paths", lambda a=(heads, kind): self.trees(*a), 0
+
+    def on(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return x.to(self.device, dtype or self.dtype)
+
+    def prepared(self, *weights: Weight, bias: np.ndarray | None = None):
+        self.backend._prepared.clear()
+        return self.backend.prepare("w", lambda: weights, bias)
+
+    def linear(self, kind: str, rows: int, n: int, k: int) -> float:
+        weight, x = weight_of(kind, n, k), random(rows, k).to(self.dtype)
+        expected = REFERENCE.linear(x.float(), REFERENCE.prepare([weight]))
+        return error_of(self.ops.linear(self.on(x), self.prepared(weight)), expected)
+
+    def linear_rows(self, kind: str) -> float:
+        n, k, rows = (512, 4096, 300) if self.full else (128, 2080, 40)
+        w, x = self.prepared(weight_of(kind, n, k)), self.on(random(rows, k))
+        whole = self.ops.linear(x, w)
+        cuts = [(0, 1), (5, 6), (3, 19), (1, 18), (20, 36), *([(30, 94), (7, 140), (100, 300)] if self.full else [])]
+        return sum(int((self.ops.linear(x[a:b].contiguous(), w) != whole[a:b]).sum()) for a, b in cuts)
+
+    def stacked(self) -> float:
+        kind = "float32" if self.dtype == torch.float32 else "bfloat16"
+        weights, bias = [weight_of(kind, n, 96) for n in (48, 16, 16)] + [weight_of("int8", 24, 96)], random(104, seed=3)
+        x = random(5, 96).to(self.dtype)
+        expected = REFERENCE.linear(x.float(), REFERENCE.prepare(weights, bias))
+        return error_of(self.ops.linear(self.on(x), self.prepared(*weights, bias=bias.numpy())), expected)
+
+    def embed(self) -> float:
+        worst = 0.0
+        for kind in ("float32", "bfloat16", "int4", "int8"):
+            weight, ids = weight_of(kind, 50, 96), torch.tensor([3, 49, 0, 3], dtype=torch.int32)
+            expected = REFERENCE.embed(ids, REFERENCE.prepare_table(weight), 2.5)
+            got = self.ops.embed(StepTokens(*[ids.to(self.device)] * 5, 1, ()), self.prepared(weight), 2.5)
+            worst = max(worst, error_of(got, expected))
+        return worst
+
+    def norm(self, residual: bool) -> float:
+        x, r, w = random(9, 100).to(self.dtype), random(9, 100, seed=1), random(100, seed=2)
+        weight = self.backend.prepare_vector(w.numpy())
+        if not residual:
+            return error_of(self.ops.rmsnorm(self.on(x), weight, 1e-5), REFERENCE.rmsnorm(x.float(), w, 1e-5))
+        got = self.ops.add_rmsnorm(self.on(x), self.on(r, torch.float32), weight, 1e-5)
+        return max(error_of(*pair) for pair in zip(got, REFERENCE.add_rmsnorm(x.float(), r, w, 1e-5), strict=True))
+
+    def gated(self, activation: str) -> float:
+        x = (random(7, 2 * 90) * 4).to(self.dtype)
+        return error_of(self.ops.gated(self.on(x), activation), REFERENCE.gated(x.float(), activation))
+
+    def pages_of(self, batch: Paged) -> KVPages:
+        """The batch's pages on the device, NaN where no token has been written."""
+        kv = batch.kv
+        return KVPages(*(None if x is None else x.to(self.device) for x in (kv.keys, kv.values, kv.scales)))
+
+    def stored(self, batch: Paged, kind: str) -> Paged:
+        if kind != "bf16":
+            return batch.stored(kind)
+        kv = ReferencePages(batch.kv.keys.to(torch.bfloat16), batch.kv.values.to(torch.bfloat16))
+        return Paged(batch.heads, kv, batch.extents)
+
+    def tokens(self, batch: Batch) -> StepTokens:
+        return StepTokens.of(batch, self.device)
+
+    def rope(self, heads: HeadShape, kind: str) -> float:
+        worst = 0.0
+        for interleaved in (False, True):
+            for norms in (False, True):
+                batch = paged(heads, 16, [20, 3, 33], [20, 1, 7])
+                width = (heads.query_heads + 2 * heads.kv_heads) * heads.dim
+                qkv = random(batch.tokens, width, seed=5).to(self.dtype)
+                angles = random(40, heads.dim // 2 - 2 * (not interleaved), seed=6)
+                table = RopeTable(angles.cos().numpy(), angles.sin().numpy(), interleaved)
+                weights = [random(heads.dim, seed=s) if norms else None for s in (8, 9)]
+                expected_kv = batch.empty()
+                expected = REFERENCE.rope_write_kv(qkv.float(), heads, table, *weights, 1e-5, expected_kv, batch.extents)
+                kv = KVPages.new(len(batch.kv.keys), 16, heads, self.device, kind)
+                on_device = [None if w is None else w.to(self.device) for w in weights]
+                tokens = self.tokens(batch.extents.batch())
+                got = self.ops.rope_write_kv(self.on(qkv), heads, self.backend.prepare_rope(table), *on_device, 1e-5, kv, tokens)
+                worst = max(worst, error_of(got, expected))
+                for which, (room, right) in enumerate(((kv.keys, expected_kv.keys), (kv.values, expected_kv.values))):
+                    room = room.float().cpu()
+                    if kv.scales is not None:
+                        room *= kv.scales[:, :, which].cpu()[..., None]
+                    written = ~right.isnan()
+                    worst = max(worst, error_of(room[written], right[written]))
+                    assert not room[~written].any(), "something was written beside the slots"
+        return worst
+
+    def attend(self, batch: Paged, q: torch.Tensor, window: int | None, extents: Batch | None = None) -> torch.Tensor:
+        kv = self.pages_of(batch)
+        tokens = self.tokens(extents or batch.extents.batch())
+        return self.ops.attention(self.on(q, kv.multiplied_as), batch.heads, kv, tokens, batch.heads.dim**-0.5, window)
+
+    def attention(self, heads: HeadShape, kind: str, window: int | None) -> float:
+        contexts = ([700, 5, 130, 64, 1], [1, 5, 40, 1, 1]) if self.full else ([300, 5, 40], [1, 5, 30])
+        batch = self.stored(paged(heads, 16, *contexts), kind)
+        q = batch.query().to(TYPES["f16" if kind == "int8" else kind])
+        if kind == "bf16":
+            plain = Paged(heads, ReferencePages(batch.kv.keys.float(), batch.kv.values.float()), batch.extents)
+        else:
+            plain = batch
+        expected = REFERENCE.attention(q.float(), heads, plain.kv, batch.extents, heads.dim**-0.5, window)
+        return error_of(self.attend(batch, q, window), expected)
+
+    def attention_rows(self, heads: HeadShape, kind: str) -> float:
+        """Chunks of one, of some, and all at once, alone and among others."""
+        contexts = ([600, 90], [200, 1]) if self.full else ([290, 20], [40, 1])
+        batch = self.stored(paged(heads, 16, *contexts), kind)
+        q, wrong = batch.query(), 0
+        for window in (None, 100):
+            whole = self.attend(batch, q, window)
+            for first, last in ((0, 1), (3, 4), (2, 30), (31, 40)):
+                rows, part = batch.part(0, first, last)
+                wrong += int((self.attend(part, q[rows], window) != whole[rows]).sum())
+        return wrong
+
+    def trees(self, heads: HeadShape, kind: str) -> float:
+        batch = self.stored(paged(heads, 16, [280, 20], [9, 1]), kind).as_tree(0, [-1, 0, 0, 1, 2, 1, 5, -1, 7])
+        q = batch.query()
+        whole, wrong = self.attend(batch, q, None), 0
+        for row in range(9):
+            path = batch.path(0, row)
+            wrong += int((self.attend(path, q[row : row + 1], None) != whole[row : row + 1]).sum())
+        return wrong
+
+
+def run(device: str, dtypes: list[torch.dtype], shard: int = 0, shards: int = 1) -> Iterator[dict]:
+    """The outcome of every check, or of each `shards`-th from `shard` on: most of the time goes into compiling kernels, one core each."""
+    for dtype in dtypes:
+        for name, check, bound in list(Checks(device, dtype).all())[shard::shards]:
+            line = {"check": name, "type": str(dtype).removeprefix("torch."), "bound": bound}
+            try:
+                error = check()
+                line |= {"error": error, "ok": error <= bound}
+            except Exception as failure:
+                line |= {"error": None, "ok": False, "why": f"{failure!r}"[:400], "where": traceback.format_exc()[-1500:]}
+            yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="checks whose name contains this")
+    parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th check from the I-th on")
+    arguments = parser.parse_args()
+    dtypes = [torch.float32] if arguments.device == "cpu" else [torch.bfloat16, torch.float16, torch.float32]
+    failed = 0
+    for line in run(arguments.device, dtypes, *arguments.shard):
+        failed += not line["ok"]
+        print(json.dumps(line), flush=True)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
