@@ -27,7 +27,7 @@ GPU_NODES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 def make_backend(kind: str, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> Backend:
     """The backend of `kind` (one of KINDS) on `device` ("cpu", "cuda", "cuda:1", …). `threads` bounds the CPU threads of an op; None lets
     the backend choose. `activations` is "f32" or "int8": what weights of integers are multiplied with; on a GPU, "f32" makes everything
-    float32, and "int8" leaves it at bfloat16. Triton's kernels choose their device themselves.
+    float32, and "int8" leaves it at bfloat16. Triton's kernels run on the GPU, and without one on the CPU.
 
     Raises KernelsUnavailable.
     """
@@ -35,7 +35,7 @@ def make_backend(kind: str, device: str = "cpu", threads: int | None = None, act
         raise KernelsUnavailable(f'kernels "{kind}" are not known: choose one of {", ".join(KINDS)}')
     if kind == "triton" or (kind == "auto" and device == "cpu" and any(node.exists() for node in GPU_NODES)):
         try:
-            return _triton(activations)
+            return _triton(activations, only_on_a_gpu=kind == "auto")
         except KernelsUnavailable as reason:
             if kind == "triton":
                 raise
@@ -66,20 +66,20 @@ def _reference(device: str, threads: int | None, activations: str) -> Backend:
     return ReferenceBackend(device, threads, activations)
 
 
-def _triton(activations: str) -> Backend:
+def _triton(activations: str, only_on_a_gpu: bool) -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise KernelsUnavailable('the Triton kernels need the package triton, which comes with torch for GPUs: install "headrace[triton]"')
     import torch
 
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not torch.cuda.is_available() and not interpreted:
-        raise KernelsUnavailable(
-            "the Triton kernels need a GPU that torch can use, and it finds none: choose --kernels auto, reference or cpu"
-        )
-    if interpreted:
-        # Its bfloat16 is not the hardware's.
-        activations = "f32"
-        log.warning("Triton interprets the kernels on the CPU, for tests: hundreds of times slower than anything else")
     from headrace.kernels.triton import TritonBackend
 
-    return TritonBackend("cpu" if interpreted else "cuda", torch.float32 if activations == "f32" else torch.bfloat16)
+    dtype = torch.float32 if activations == "f32" else torch.bfloat16
+    if torch.cuda.is_available():
+        return TritonBackend("cuda", dtype)
+    if only_on_a_gpu:
+        raise KernelsUnavailable("there is a GPU, and torch cannot use it")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        log.warning("Triton interprets the kernels on the CPU: thousands of times slower than a GPU, and right in float32 alone")
+        return TritonBackend("cpu", torch.float32)
+    log.warning("no GPU: the Triton kernels run on the CPU, which proves them and is slow; --kernels auto is faster")
+    return TritonBackend("cpu", dtype)

@@ -81,12 +81,11 @@ def attention_kernel(
         first = tl.zeros_like(last)
         lowest = 0
     if WHOLE:
-        split, behind = lowest // SPLIT, (limit + SPLIT - 1) // SPLIT
+        start, behind = lowest // SPLIT, (limit + SPLIT - 1) // SPLIT
     else:
-        split = tl.program_id(2)
-        if (split < lowest // SPLIT) | (split * SPLIT >= limit):
-            return
-        behind = split + 1
+        start = tl.program_id(2)
+        seen_by_some = (start >= lowest // SPLIT) & (start * SPLIT < limit)
+        behind = tl.where(seen_by_some, start + 1, start)
     at = tl.arange(0, WIDTH)
     inside = live[:, None] & (at < DIM)[None, :]
     head = kv_head * GROUP + rows % GROUP
@@ -98,7 +97,7 @@ def attention_kernel(
     highest = tl.full([ROWS], _NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, WIDTH], tl.float32)
-    while split < behind:
+    for split in range(start, behind):
         top = tl.full([ROWS], _NOTHING, tl.float32)
         sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -138,7 +137,6 @@ def attention_kernel(
             tl.store(state + 2 * cell, top, mask=live)
             tl.store(state + 2 * cell + 1, sum, mask=live)
             tl.store(partial + cell[:, None] * WIDTH + at[None, :], acc, mask=live[:, None])
-        split += 1
     if WHOLE:
         tl.store(OUT + place[:, None] * DIM + at[None, :], (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
 

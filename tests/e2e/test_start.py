@@ -60,7 +60,6 @@ def without_warnings(lines: list[str]) -> list[str]:
         (["--page-size", "12"], "--page-size 12: expected a power of two from 8 to 256"),
         (["--max-context", "9000"], "max_context=9000 exceeds the model's limit of 8192"),
         (["--kernels", "fast"], "--kernels fast: expected one of auto, "),
-        (["--kernels", "triton"], "--kernels triton is not built yet"),
         (["--activations", "int4"], "--activations int4"),
         (["--tensor-parallel", "2"], "tensor_parallel=2 is not built yet"),
         (["--drain-timeout", "nan"], "--drain-timeout nan: expected a number of at least 0"),

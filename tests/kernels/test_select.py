@@ -35,14 +35,24 @@ def test_kernels_that_do_not_exist_are_refused_by_name():
         make_backend("fast")
 
 
-def test_triton_without_its_package_or_a_gpu_is_refused_and_passed_over(monkeypatch, tmp_path, caplog):
+def test_triton_without_its_package_is_refused_and_passed_over(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(select, "GPU_NODES", (tmp_path,))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(KernelsUnavailable, match="the Triton kernels need"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(KernelsUnavailable, match="the Triton kernels need the package triton"):
         make_backend("triton")
     with caplog.at_level(logging.WARNING):
         assert make_backend("auto").name in ("cpu", "reference")
     assert "serving from the CPU" in caplog.text
+
+
+def test_a_gpu_that_torch_cannot_use_is_passed_over_and_told(monkeypatch, tmp_path, caplog):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(select, "GPU_NODES", (tmp_path,))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        assert make_backend("auto").name in ("cpu", "reference")
+    assert "there is a GPU, and torch cannot use it: serving from the CPU" in caplog.text
+    assert make_backend("triton").device.type == "cpu"
 
 
 def test_cpu_kernels_on_another_device_are_refused():

@@ -10,6 +10,7 @@ Prints a line of JSON for each check, `{"check": …, "type": …, "error": …,
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -231,7 +232,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="checks whose name contains this")
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th check from the I-th on")
     arguments = parser.parse_args()
-    dtypes = [torch.float32] if arguments.device == "cpu" else [torch.bfloat16, torch.float16, torch.float32]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    dtypes = [torch.float32] if interpreted else [torch.bfloat16, torch.float16, torch.float32]
     failed = 0
     for line in run(arguments.device, dtypes, *arguments.shard):
         failed += not line["ok"]

@@ -1,0 +1,9 @@
+"""A backend of Triton's for the CPU: `kernel[grid](...)` on CPU tensors just works, with the number formats of a GPU.
+
+    kernel ─ Triton's front end ─▶ tile IR ─ lower.py ─▶ C++ ─ g++ ─▶ shared object ─ driver.py ─▶ programs of the grid on all cores
+
+Triton finds it by its own entry points (group `triton.backends`); nothing of Triton is patched. It is there to prove kernels without a
+GPU: every float of 16 or 8 bits is rounded as the hardware does, to the nearest and ties to even, and with HEADRACE_TRITON_CHECK=1
+every access is held against the tensors that were passed, scratch is filled with NaN, and programs that write the same place are told.
+It is inactive where torch has a GPU. What it cannot lower is refused by name.
+"""

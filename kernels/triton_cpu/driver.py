@@ -1,0 +1,174 @@
+"""Triton's driver for the CPU: loads shared objects, packs arguments, and runs the programs of a grid.
+
+A launch returns when all programs have run, so there are no streams. Checked launches end in an error that names the kernel and the line.
+"""
+
+import ctypes
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from headrace.kernels.triton_cpu.compiler import checked
+
+_SLOTS = {
+    "i1": ctypes.c_int8,
+    "i8": ctypes.c_int8,
+    "i16": ctypes.c_int16,
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+    "f32": ctypes.c_float,
+}
+_SLOTS |= {"f64": ctypes.c_double}
+
+
+class _Extent(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("writers", ctypes.c_void_p))
+
+
+class _Found(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("line", ctypes.c_int32),
+        ("argument", ctypes.c_int32),
+        ("program", ctypes.c_int32),
+        ("offset", ctypes.c_int64),
+        ("taken", ctypes.c_int8),
+    )
+
+
+class CpuLauncher:
+    """Runs one compiled kernel."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        names = source.fn.arg_names
+        self._name, self._lines = metadata.name, metadata.lines
+        self._arguments = [(names.index(name), name, kind) for name, kind in metadata.arguments]
+        self._checked = metadata.checked
+
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, about: Any, enter: Any, leave: Any, *arguments: Any
+    ) -> None:
+        slots = (ctypes.c_int64 * max(1, len(self._arguments)))()
+        tensors: list[tuple[str, torch.Tensor]] = []
+        for slot, (index, name, kind) in enumerate(self._arguments):
+            value = arguments[index]
+            if not kind.startswith("*"):
+                _SLOTS[kind].from_buffer(slots, 8 * slot).value = value
+            elif hasattr(value, "data_ptr"):
+                if value.device.type != "cpu":
+                    raise ValueError(f"{self._name}: {name} is on {value.device}, this backend computes on the CPU")
+                slots[slot] = value.data_ptr()
+                tensors.append((name, value))
+            else:
+                slots[slot] = value or 0
+        if x * y * z == 0:
+            return
+        threads = torch.get_num_threads()
+        if self._checked:
+            self._run_checked(function, slots, tensors, (x, y, z), threads)
+        else:
+            function(slots, x, y, z, threads, None, 0, None)
+
+    def _run_checked(
+        self, function: Callable, slots: Any, tensors: list[tuple[str, torch.Tensor]], grid: Sequence[int], threads: int
+    ) -> None:
+        sizes = [max(1, tensor.untyped_storage().nbytes()) for _, tensor in tensors]
+        writers = [(ctypes.c_int32 * size)() for size in sizes]
+        extents = (_Extent * max(1, len(tensors)))()
+        for place, (_, tensor) in enumerate(tensors):
+            begin = tensor.untyped_storage().data_ptr()
+            extents[place] = _Extent(begin, begin + sizes[place], ctypes.addressof(writers[place]))
+        found = _Found()
+        function(slots, *grid, threads, extents, len(tensors), ctypes.byref(found))
+        if not found.kind:
+            return
+        where = self._lines[found.line] if found.line < len(self._lines) else "an unknown line"
+        x, y = grid[0], grid[1]
+        program = (found.program % x, found.program // x % y, found.program // x // y)
+        if found.kind == 2:
+            name, tensor = tensors[found.argument]
+            raise MemoryError(f"{self._name}: programs race: {program} writes byte {found.offset} of {name} after another has, at {where}")
+        which = f"{found.offset} bytes from the begin of {tensors[found.argument][0]}" if found.argument >= 0 else "an address of no tensor"
+        raise IndexError(f"{self._name}: program {program} accesses {which}, which is within none that was passed, at {where}")
+
+
+class CpuUtils:
+    """What Triton asks of a device."""
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        """Module, function, registers, spills, most threads a block."""
+        with tempfile.NamedTemporaryFile(suffix=".so", prefix="headrace-triton-", delete=False) as file:
+            file.write(binary)
+        try:
+            library = ctypes.CDLL(file.name)
+        finally:
+            Path(file.name).unlink()
+        function = library.launch
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        function.argtypes, function.restype = (pointer, integer, integer, integer, integer, pointer, integer, pointer), None
+        return library, function, 0, 0, 1 << 30
+
+    def get_device_properties(self, device: int) -> dict:
+        return {"max_shared_mem": 1 << 40, "multiprocessor_count": os.cpu_count() or 1, "warpSize": 1}
+
+
+class CpuDriver(DriverBase):
+    """`triton.backends.driver.DriverBase`, where torch has no GPU."""
+
+    def __init__(self) -> None:
+        self.utils = CpuUtils()
+        self.launcher_cls = CpuLauncher
+        super().__init__()
+
+    @staticmethod
+    def is_active() -> bool:
+        return not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available())
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("headrace_cpu", "native", 1)
+
+    def get_current_device(self) -> int:
+        """Kernels are kept by this: with checks they are others."""
+        return int(checked())
+
+    def set_current_device(self, device: int) -> None:
+        """There is one."""
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_benchmarker(self) -> Callable:
+        """Seconds are those of the clock; `triton.autotune` asks."""
+
+        def bench(call: Callable, *, quantiles: Sequence[float] = (0.5,), **_: Any) -> list[float]:
+            times = []
+            for _turn in range(5):
+                begun = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - begun) * 1e3)
+            times.sort()
+            return [times[min(len(times) - 1, int(quantile * len(times)))] for quantile in quantiles]
+
+        return bench
+
+    def get_empty_cache_for_benchmark(self) -> torch.Tensor:
+        return torch.empty(1 << 20, dtype=torch.int8)
+
+    def clear_cache(self, cache: torch.Tensor) -> None:
+        cache.zero_()

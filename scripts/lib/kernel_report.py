@@ -1,0 +1,203 @@
+"""What `scripts/kernel-report` runs: the kernels as they are launched at the shapes of real models, compiled for GPUs that are not here.
+
+    shapes of a model ─▶ launches on meta tensors ─▶ kernels.aot ─▶ table, and the budget that a change may not exceed
+
+A budget holds, for each launch and target, the registers, spills, shared memory and share of wide loads that it had when the budget was
+written. A kernel may need up to SLACK more registers; spills may not grow, tensor core instructions may not go missing.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headrace.kernels.aot import MOST_SHARED, TARGETS, Compiled, compiling_for
+from headrace.kernels.ops import HeadShape
+from headrace.kernels.reference.rope import Rope
+from headrace.kernels.triton import TritonOps
+from headrace.kernels.triton.linear import DeviceWeight
+from headrace.kernels.triton.pages import KVPages
+from headrace.kernels.triton.step import StepTokens, Tiles
+from headrace.kernels.triton.tiles import QUERY_ROWS
+
+META = torch.device("meta")
+BUDGET = Path(__file__).parents[2] / "kernels" / "triton" / "budget.json"
+SLACK = 16
+"""Registers by which compilers differ without anybody having changed a kernel."""
+LEAST_WIDE = 0.05
+"""By how much the share of wide loads may fall."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One rank's share of a model."""
+
+    hidden: int
+    heads: HeadShape
+    mlp: int
+    vocabulary: int
+    qk_norm: bool = False
+
+
+MODELS = {
+    "Llama-3-8B": Shape(4096, HeadShape(32, 8, 128), 14336, 128256),
+    "Llama-3-70B/TP8": Shape(8192, HeadShape(8, 1, 128), 3584, 16032),
+    "Qwen3-32B/TP4": Shape(5120, HeadShape(16, 2, 128), 6400, 37984, qk_norm=True),
+}
+
+Launch = Callable[[TritonOps], object]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def weight(n: int, k: int, bits: int, group: int = 128) -> list[DeviceWeight]:
+    """bfloat16 for 16 bits, else codes in groups with float16 scales; 4-bit ones have minimums too."""
+    if bits == 16:
+        return [DeviceWeight(empty(n, k), None, None, None, k, k, 0)]
+    codes = empty(n, k // 2, dtype=torch.uint8) if bits == 4 else empty(n, k, dtype=torch.int8)
+    scales = empty(n, k // group, dtype=torch.float16)
+    return [DeviceWeight(codes, scales, scales if bits == 4 else None, None, k, group, 0)]
+
+
+def tokens_of(count: int, requests: int, context: int, heads: HeadShape) -> StepTokens:
+    group = heads.query_heads // heads.kv_heads
+    integers = lambda *shape: empty(*shape, dtype=torch.int32)  # noqa: E731
+    tiles = Tiles(integers(requests * -(-count // requests // max(1, QUERY_ROWS // group)) or 1, 3))
+    each = integers(count)
+    return StepTokens(
+        each, each, each, integers(requests + 1), integers(requests, context // 16), -(-context // 256), (), None, {group: tiles}
+    )
+
+
+def launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
+    """Name and call of every launch of a step that differs in more than its grid: decoding one request, 64, and a prompt of 2048."""
+    heads, width = shape.heads, (shape.heads.query_heads + 2 * shape.heads.kv_heads) * shape.heads.dim
+    layers = {"qkv": (width, shape.hidden), "gate up": (2 * shape.mlp, shape.hidden), "down": (shape.hidden, shape.mlp)}
+    for bits in (16, 8, 4):
+        for name, (n, k) in layers.items():
+            for count in (1, 64, 2048):
+                yield (
+                    f"linear {name} {bits} bits x{count}",
+                    lambda ops, a=(count, n, k, bits): ops.linear(empty(a[0], a[2]), weight(*a[1:])),
+                )
+    yield "embed", lambda ops: ops.embed(tokens_of(64, 64, 256, heads), weight(shape.vocabulary, shape.hidden, 16))
+    norm = empty(shape.hidden, dtype=torch.float32)
+    yield "add_rmsnorm", lambda ops: ops.add_rmsnorm(empty(64, shape.hidden), empty(64, shape.hidden, dtype=torch.float32), norm, 1e-5)
+    yield "gated", lambda ops: ops.gated(empty(64, 2 * shape.mlp), "silu")
+    table = Rope(empty(8192, heads.dim // 2, dtype=torch.float32), empty(8192, heads.dim // 2, dtype=torch.float32), False)
+    qk_norm = empty(heads.dim, dtype=torch.float32) if shape.qk_norm else None
+    for kind in ("bf16", "int8"):
+        kv = KVPages.new(256, 16, heads, META, kind)
+        yield (
+            f"rope_write_kv {kind}",
+            lambda ops, kv=kv: ops.rope_write_kv(
+                empty(64, width), heads, table, qk_norm, qk_norm, 1e-5, kv, tokens_of(64, 64, 2048, heads)
+            ),
+        )
+        for name, count, requests in (("decode", 1, 1), ("prefill", 4096, 4)):
+            yield (
+                f"attention {kind} {name}",
+                lambda ops, kv=kv, a=(count, requests): ops.attention(
+                    empty(a[0], heads.query_heads * heads.dim, dtype=kv.multiplied_as), heads, kv, tokens_of(*a, 2048, heads), 0.1, None
+                ),
+            )
+
+
+def compiled(model: str, target: str) -> Iterator[tuple[str, Compiled]]:
+    """Every kernel of the model's launches, by the launch's name."""
+    ops = TritonOps(torch.bfloat16, torch.bfloat16)
+    for name, launch in launches(MODELS[model]):
+        with compiling_for(target) as kernels:
+            launch(ops)
+        for kernel in kernels:
+            yield f"{name}: {kernel.name}", kernel
+
+
+def figures(kernel: Compiled) -> dict:
+    if kernel.error is not None:
+        return {"error": kernel.error.strip().splitlines()[-1][:160]}
+    return {
+        "registers": kernel.registers,
+        "spills": kernel.spills,
+        "shared": kernel.shared,
+        "wide_loads": round(kernel.wide_loads, 3),
+        "tensor_core": sorted(kernel.tensor_core),
+    }
+
+
+def broken(name: str, target: str, kernel: Compiled, budget: dict | None) -> Iterator[str]:
+    """What is wrong with a kernel, beside its budget and by itself."""
+    where = f"{target} {name}"
+    if kernel.error is not None:
+        if budget is None or "error" not in budget:
+            yield f"{where}: does not compile: {figures(kernel)['error']}"
+        return
+    if kernel.shared > MOST_SHARED[target]:
+        yield f"{where}: takes {kernel.shared} bytes of shared memory, the device has {MOST_SHARED[target]}"
+    if budget is None:
+        yield f"{where}: has no budget: scripts/kernel-report --write"
+        return
+    if "error" in budget:
+        return
+    if kernel.registers > budget["registers"] + SLACK:
+        yield f"{where}: takes {kernel.registers} registers, its budget is {budget['registers']}"
+    if kernel.spills > budget["spills"]:
+        yield f"{where}: spills {kernel.spills} bytes, its budget is {budget['spills']}"
+    if kernel.wide_loads < budget["wide_loads"] - LEAST_WIDE:
+        yield f"{where}: loads {kernel.wide_loads:.0%} of its bytes 16 at a time, its budget is {budget['wide_loads']:.0%}"
+    if missing := set(budget["tensor_core"]) - set(kernel.tensor_core):
+        yield f"{where}: no longer uses {', '.join(sorted(missing))}"
+
+
+def check(models: list[str], targets: list[str], say: Callable[[str], None] = lambda line: None) -> tuple[list[str], dict]:
+    """What breaks the committed budget, and the figures as they are now, by target and launch."""
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    wrong: list[str] = []
+    now: dict[str, dict[str, dict]] = {}
+    for target in targets:
+        for model in models:
+            for name, kernel in compiled(model, target):
+                name = f"{model} {name}"
+                now.setdefault(target, {})[name] = figures(kernel)
+                wrong += broken(name, target, kernel, budget.get(target, {}).get(name))
+                say(line_of(target, name, kernel))
+    return wrong, now
+
+
+def line_of(target: str, name: str, kernel: Compiled) -> str:
+    if kernel.error is not None:
+        return f"{target:7} {name:70} {figures(kernel)['error']}"
+    cores = ", ".join(f"{count} {opcode}" for opcode, count in sorted(kernel.tensor_core.items()))
+    return (
+        f"{target:7} {name:70} {kernel.registers:4} registers {kernel.spills:5} spilled {kernel.shared / 1024:6.1f} KiB shared "
+        f"{kernel.wide_loads:4.0%} wide  {cores}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/kernel-report", description="Compile the Triton kernels for GPUs that are not here.")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--check", action="store_true", help="exit with 1 where the budget is broken")
+    group.add_argument("--write", action="store_true", help="make what there is now the budget, for these models and targets")
+    arguments = parser.parse_args()
+    wrong, now = check(arguments.model, arguments.target, lambda line: print(line, flush=True))
+    if arguments.write:
+        known = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        for target, kernels in now.items():
+            known[target] = dict(sorted((known.get(target, {}) | kernels).items()))
+        BUDGET.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    for line in wrong if arguments.check else ():
+        print("over budget:", line, file=sys.stderr)
+    sys.exit(bool(arguments.check and wrong))
+
+
+if __name__ == "__main__":
+    main()

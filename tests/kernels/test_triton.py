@@ -1,0 +1,93 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter in float32, the one type that it rounds rightly, and compiled for GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="the extra headrace[triton] is not installed")
+if os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
+    pytest.skip("there is a GPU: scripts/gpu-check runs the kernels on it", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+SHARDS = 6
+
+
+def interpreted(*arguments: str, timeout: float) -> list[dict]:
+    """The outcomes of `tests.kernels.triton_parity` in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_parity", "--device", "cpu", *arguments]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False
+    )
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert lines, ended.stderr
+    return lines
+
+
+@pytest.mark.parametrize("shard", [0, *(pytest.param(shard, marks=pytest.mark.slow) for shard in range(1, SHARDS))])
+def test_every_op_is_what_the_reference_gives(shard):
+    # The interpreter multiplies matrices by a BLAS, whose rows know their neighbours: bits are compared on GPUs alone.
+    outcomes = [one for one in interpreted("--shard", str(shard), str(SHARDS), timeout=300) if one["bound"]]
+    assert len(outcomes) > 3
+    assert [one for one in outcomes if not one["ok"]] == []
+
+
+def test_codes_of_four_bits_are_packed_and_taken_apart_alike():
+    import torch
+
+    from headrace.kernels.triton.linear import HALF, prepare
+    from headrace.kernels.weights import GroupedInt
+
+    codes = np.random.default_rng(1).integers(-8, 8, (5, 4 * HALF), np.int8)
+    (weight,) = prepare([GroupedInt(codes, np.ones((5, 4), np.float32), None, HALF, 4)], None, torch.device("cpu"))
+    packed = weight.values.numpy().reshape(5, 2, HALF)
+    apart = np.stack([packed & 15, packed >> 4], 2).astype(np.int8) + weight.low
+    assert (apart.reshape(5, -1) == codes).all()
+
+
+def test_the_rows_that_a_row_of_a_tree_sees_are_its_path_from_the_root():
+    from headrace.kernels.triton.step import paths
+
+    starts, parents = np.array([0, 4, 6], np.int32), np.array([-1, 0, 0, 2, -1, 0], np.int32)
+    assert paths(starts, parents).tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 2, 3], [0, 0, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("splits", [(4096, 4096), (28672, 4096), (64, 100_000), (128256, 64)])
+def test_a_product_is_split_by_its_weight_alone_and_whole_blocks_at_a_time(splits):
+    from headrace.kernels.triton.tiles import K_BLOCK, MOST_SPLITS, split_of
+
+    outputs, inputs = splits
+    split = split_of(outputs, inputs)
+    assert split % K_BLOCK == 0
+    assert 1 <= -(-inputs // split) <= MOST_SPLITS
+
+
+MODELS, TARGETS = ("Llama-3-8B", "Llama-3-70B/TP8", "Qwen3-32B/TP4"), ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+EVERY = [pytest.param(model, target, marks=pytest.mark.slow) for model in MODELS for target in TARGETS]
+
+
+@pytest.mark.parametrize(("model", "target"), [("Llama-3-8B", "sm_90"), *EVERY[:2], *EVERY[3:]])
+def test_no_kernel_exceeds_its_budget_on_a_gpu_that_is_not_here(model, target):
+    from scripts.lib.kernel_report import check
+
+    wrong, figures = check([model], [target])
+    assert len(figures[target]) > 30
+    assert wrong == []
+
+
+def test_a_kernel_that_spills_or_loses_its_tensor_cores_is_over_budget():
+    from collections import Counter
+
+    from headrace.kernels.aot import Compiled
+    from scripts.lib.kernel_report import broken
+
+    budget = {"registers": 64, "spills": 0, "shared": 1024, "wide_loads": 1.0, "tensor_core": ["HGMMA"]}
+    good = Compiled("k", "sm_90", None, 64, 0, 1024, 4, Counter({"HGMMA.64x16x16": 4, "LDG.E.128": 2}))
+    assert list(broken("k", "sm_90", good, budget)) == []
+    bad = Compiled("k", "sm_90", None, 128, 32, 1 << 20, 4, Counter({"FFMA": 4, "LDG.E.U16": 2}))
+    said = " ".join(broken("k", "sm_90", bad, budget))
+    assert all(words in said for words in ("128 registers", "spills 32", "shared memory", "loads 0%", "no longer uses HGMMA"))

@@ -1,0 +1,181 @@
+"""The CPU backend of Triton: kernels of all kinds run on CPU tensors, numbers are rounded as on a GPU, and faults are found."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the extra headrace[triton] is not installed")
+if torch.cuda.is_available():
+    pytest.skip("there is a GPU, so the CPU's backend is not active", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from headrace.kernels.triton_cpu.lower import Unsupported  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+@triton.jit
+def convert_kernel(X, Y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Y + at, tl.load(X + at, mask=at < n).to(Y.dtype.element_ty), mask=at < n)
+
+
+def converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=dtype)
+    convert_kernel[(triton.cdiv(x.numel(), 4096),)](x, y, x.numel(), BLOCK=4096)
+    return y
+
+
+def same_numbers(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    got, expected = got.float(), expected.float()
+    return torch.equal(got.isnan(), expected.isnan()) and torch.equal(got[~got.isnan()], expected[~expected.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_pattern_of_16_bits_is_read_as_torch_reads_it_and_comes_back(dtype):
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    wide = converted(patterns, torch.float32)
+    assert same_numbers(wide, patterns.float())
+    assert same_numbers(converted(wide, dtype), patterns)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_floats_are_rounded_to_the_nearest_and_ties_to_even(dtype):
+    x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(1)) * torch.logspace(-12, 8, 1 << 16)
+    # Halfway between neighbours, and beside that.
+    exact = x.to(dtype).float()
+    ties = (exact + torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)).float()) / 2
+    for values in (x, ties, torch.nextafter(ties, torch.tensor(0.0)), torch.nextafter(ties, torch.tensor(torch.inf))):
+        assert same_numbers(converted(values, dtype), values.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_8_bits_are_rounded_to_the_nearest_and_saturate(dtype):
+    patterns = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+    assert same_numbers(converted(patterns, torch.float32), patterns.float())
+    largest = torch.finfo(dtype).max
+    x = torch.randn(1 << 15, generator=torch.Generator().manual_seed(2)) * torch.logspace(-8, 6, 1 << 15)
+    finite = patterns.float()[patterns.float().isfinite()].sort().values
+    ties = (finite[1:] + finite[:-1]) / 2
+    for values in (x, ties, finite):
+        assert same_numbers(converted(values, dtype), values.clamp(-largest, largest).to(dtype))
+
+
+@triton.jit
+def product_kernel(A, B, C, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a, b = tl.load(A + m[:, None] * K + k[None, :]), tl.load(B + k[:, None] * N + n[None, :])
+    tl.store(C + m[:, None] * N + n[None, :], tl.dot(a, b, out_dtype=C.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_products_are_exact_up_to_the_order_of_their_sums(dtype):
+    dice = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-128, 128, shape, generator=dice).to(dtype) for shape in ((16, 64), (64, 32)))
+    c = torch.empty(16, 32, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    product_kernel[(1,)](a, b, c, M=16, N=32, K=64)
+    assert torch.equal(c.long(), a.long() @ b.long())
+
+
+@triton.jit
+def control_kernel(X, Y, n, limit, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    turns = 0
+    for begin in range(0, n, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(X + at, mask=at < n, other=0.0)
+        if tl.max(x, 0) > limit:
+            total += x
+            turns += 1
+        else:
+            total -= x
+    highest, where = tl.max(total, 0, return_indices=True)
+    while turns > 3:
+        turns -= 3
+    tl.store(Y, tl.sum(total, 0))
+    tl.store(Y + 1, highest)
+    tl.store(Y + 2, where.to(tl.float32))
+    tl.store(Y + 3, turns.to(tl.float32))
+
+
+def test_loops_branches_and_reductions_do_what_they_say():
+    x, y = torch.randint(-9, 10, (1000,), generator=torch.Generator().manual_seed(4)).float(), torch.empty(4)
+    control_kernel[(1,)](x, y, 1000, 8.5, BLOCK=64)
+    total, turns = torch.zeros(64), 0
+    for part in torch.nn.functional.pad(x, (0, 24)).view(-1, 64):
+        total, turns = (total + part, turns + 1) if part.max() > 8.5 else (total - part, turns)
+    while turns > 3:
+        turns -= 3
+    assert y.tolist() == [total.sum(), total.max(), total.argmax(), turns]
+
+
+@triton.jit
+def counting_kernel(X, BLOCK: tl.constexpr):
+    tl.atomic_add(X + tl.arange(0, BLOCK), 1.0)
+
+
+def test_what_cannot_be_lowered_is_refused_by_name():
+    with pytest.raises(Unsupported, match=r"counting_kernel: tt\.atomic_rmw has no lowering on the CPU .*test_triton_cpu\.py:\d+"):
+        counting_kernel[(1,)](torch.ones(16), BLOCK=16)
+
+
+FAULTS = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def gather(pages, KV, OUT, count, SHIFT: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr):
+    i, d = tl.program_id(0), tl.arange(0, D)
+    page = tl.load(pages + i) + SHIFT
+    if MASK:
+        x = tl.load(KV + page * D + d, mask=i < count, other=0.0)
+    else:
+        x = tl.load(KV + page * D + d)
+    tl.store(OUT + i * D + d, x)
+
+@triton.jit
+def racing(OUT, APART: tl.constexpr, B: tl.constexpr):
+    i = tl.program_id(0)
+    tl.store(OUT + i * APART + tl.arange(0, B), tl.full([B], 1.0, tl.float32) * i)
+
+pages, kv, out = torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.randn(4, 32), torch.empty(4, 32)
+"""
+
+
+def checked(lines: str) -> str:
+    """What a checked run of `lines` ends with."""
+    path = Path(os.environ["XDG_CACHE_HOME"]) / "faults.py"
+    path.write_text(FAULTS + textwrap.dedent(lines))
+    ended = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | {"HEADRACE_TRITON_CHECK": "1"}
+    )
+    return (ended.stdout + ended.stderr).strip().splitlines()[-1]
+
+
+def test_checks_pass_what_is_right():
+    assert (
+        checked("gather[(4,)](pages, kv, out, 4, SHIFT=0, MASK=False, D=32); racing[(4,)](out, APART=32, B=32); print(out[3, 0].item())")
+        == "3.0"
+    )
+
+
+def test_checks_find_an_index_of_a_page_that_is_off_by_one():
+    said = checked("gather[(4,)](pages, kv, out, 4, SHIFT=1, MASK=False, D=32)")
+    assert "IndexError: gather: program (3, 0, 0) accesses 512 bytes from the begin of KV" in said
+    assert "faults.py:11" in said
+
+
+def test_checks_find_a_missing_mask():
+    assert "KV" in checked("pages[3] = 1000; gather[(4,)](pages, kv, out, 3, SHIFT=0, MASK=False, D=32)")
+    assert checked("pages[3] = 1000; gather[(4,)](pages, kv, out, 3, SHIFT=0, MASK=True, D=32); print('good')") == "good"
+
+
+def test_checks_find_programs_that_write_one_place():
+    said = checked("racing[(4,)](out, APART=16, B=32)")
+    assert "racing: programs race" in said
+    assert "faults.py:17" in said
