@@ -15,7 +15,7 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 
 from headrace.kernels.triton_cpu.lower import lower
 
-RUNTIME = Path(__file__).with_name("runtime.h")
+RUNTIME = Path(__file__).with_name("runtime.hpp")
 COMPILER = os.environ.get("CXX", "g++")
 # Nothing is fused, reordered or flushed that the kernel does not say.
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fwrapv", "-fopenmp", "-w")

@@ -293,7 +293,7 @@ class _Lowering:
             slots.append(f"{type.c} const a{place} = *reinterpret_cast<{type.c} const*>(slots + {place});")
         size = max(64, self.scratch)
         lines = [
-            '#include "runtime.h"',
+            '#include "runtime.hpp"',
             "",
             "static void program(char* scratch, const int64_t* slots, int p0, int p1, int p2, int g0, int g1, int g2, Checks checks) {",
             *slots,
