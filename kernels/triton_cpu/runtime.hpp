@@ -91,6 +91,10 @@ static inline float exp2_of(float x) {
 }
 static inline float exp_of(float x) { return exp2_of(x * 1.44269504088896341f); }
 
+// Of integers, 0 where there is none.
+template <class T> static inline T quotient(T a, T b) { return b == 0 ? T{} : b == static_cast<T>(-1) && static_cast<T>(-1) < 0 ? -a : a / b; }
+template <class T> static inline T remainder(T a, T b) { return b == 0 || (b == static_cast<T>(-1) && static_cast<T>(-1) < 0) ? T{} : a % b; }
+
 template <class T> static inline T high_product(T a, T b) {
     if constexpr (sizeof(T) == 4) return static_cast<T>((static_cast<uint64_t>(static_cast<uint32_t>(a)) * static_cast<uint32_t>(b)) >> 32);
     else return static_cast<T>((static_cast<unsigned __int128>(static_cast<uint64_t>(a)) * static_cast<uint64_t>(b)) >> 64);
@@ -153,9 +157,9 @@ struct Checks {
         for (int i = 0; i < count; i++) {
             const Extent& one = extents[i];
             if (p < one.begin || p + size > one.end) continue;
-            if (writes && one.writers) {
-                const int32_t before = one.writers[p - one.begin].exchange(program + 1);
-                if (before != 0 && before != program + 1) tell(2, line, i, p - one.begin);
+            for (int byte = 0; writes && one.writers && byte < size; byte++) {
+                const int32_t before = one.writers[p - one.begin + byte].exchange(program + 1);
+                if (before != 0 && before != program + 1) tell(2, line, i, p - one.begin + byte);
             }
             return true;
         }

@@ -1,4 +1,5 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter in float32, the one type that it rounds rightly, and compiled for GPUs."""
+"""The Triton kernels without a GPU: run by the CPU's backend in every type, by Triton's interpreter in float32, the one type that it
+rounds rightly, and compiled for GPUs."""
 
 import json
 import os
@@ -17,23 +18,30 @@ ROOT = Path(__file__).parents[2]
 SHARDS = 6
 
 
-def interpreted(*arguments: str, timeout: float) -> list[dict]:
-    """The outcomes of `tests.kernels.triton_parity` in a process of its own."""
+def outcomes(*arguments: str, timeout: float, interpreted: bool = False) -> list[dict]:
+    """Those of `tests.kernels.triton_parity` in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_parity", "--device", "cpu", *arguments]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False
-    )
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=environment, check=False)
     lines = [json.loads(line) for line in ended.stdout.splitlines()]
     assert lines, ended.stderr
     return lines
 
 
+# A kernel takes seconds to compile, and every check has its own: each tier takes some, `--shard 0 1` by hand takes all.
+@pytest.mark.parametrize("shard", [(7, 80), *(pytest.param((first, 16), marks=pytest.mark.slow) for first in (0, 5, 10))])
+def test_every_op_is_what_the_reference_gives_in_every_type_and_to_the_bit_in_any_batch(shard):
+    found = outcomes("--shard", *map(str, shard), timeout=1200)
+    assert {one["type"] for one in found} == {"bfloat16", "float16", "float32"}
+    assert [one for one in found if not one["ok"]] == []
+
+
 @pytest.mark.parametrize("shard", [0, *(pytest.param(shard, marks=pytest.mark.slow) for shard in range(1, SHARDS))])
-def test_every_op_is_what_the_reference_gives(shard):
-    # The interpreter multiplies matrices by a BLAS, whose rows know their neighbours: bits are compared on GPUs alone.
-    outcomes = [one for one in interpreted("--shard", str(shard), str(SHARDS), timeout=300) if one["bound"]]
-    assert len(outcomes) > 3
-    assert [one for one in outcomes if not one["ok"]] == []
+def test_every_op_is_what_the_reference_gives_in_the_interpreter(shard):
+    # The interpreter multiplies matrices by a BLAS, whose rows know their neighbours: bits are not compared.
+    found = [one for one in outcomes("--shard", str(shard), str(SHARDS), timeout=300, interpreted=True) if one["bound"]]
+    assert len(found) > 3
+    assert [one for one in found if not one["ok"]] == []
 
 
 def test_codes_of_four_bits_are_packed_and_taken_apart_alike():

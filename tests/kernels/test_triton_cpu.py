@@ -15,7 +15,7 @@ if torch.cuda.is_available():
 
 import triton.language as tl  # noqa: E402
 
-from headrace.kernels.triton_cpu.lower import Unsupported  # noqa: E402
+from headrace.kernels.triton_cpu.tile_ir import Unsupported  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,6 +116,34 @@ def test_loops_branches_and_reductions_do_what_they_say():
 
 
 @triton.jit
+def divide_kernel(X, D, Y, Z, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x, d = tl.load(X + at), tl.load(D + at)
+    tl.store(Y + at, x // d, mask=d != 0)
+    tl.store(Z + at, x % d, mask=d != 0)
+
+
+def test_elements_that_are_masked_may_divide_by_zero():
+    x = torch.tensor([7, -7, 7, -(2**31)], dtype=torch.int32)
+    d = torch.tensor([2, 2, 0, -1], dtype=torch.int32)
+    y, z = torch.full((4,), 99, dtype=torch.int32), torch.full((4,), 99, dtype=torch.int32)
+    divide_kernel[(1,)](x, d, y, z, BLOCK=4)
+    # Toward zero, as in C; what has no number wraps.
+    assert y.tolist() == [3, -3, 99, -(2**31)]
+    assert z.tolist() == [1, -1, 99, 0]
+
+
+@triton.jit
+def truncating_kernel(X, Y):
+    tl.store(Y, tl.load(X).to(tl.bfloat16, fp_downcast_rounding="rtz"))
+
+
+def test_a_rounding_that_it_does_not_do_is_refused():
+    with pytest.raises(Unsupported, match="rounding toward zero"):
+        truncating_kernel[(1,)](torch.ones(1), torch.ones(1, dtype=torch.bfloat16))
+
+
+@triton.jit
 def counting_kernel(X, BLOCK: tl.constexpr):
     tl.atomic_add(X + tl.arange(0, BLOCK), 1.0)
 
@@ -142,6 +170,22 @@ def gather(pages, KV, OUT, count, SHIFT: tl.constexpr, MASK: tl.constexpr, D: tl
 def racing(OUT, APART: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(0)
     tl.store(OUT + i * APART + tl.arange(0, B), tl.full([B], 1.0, tl.float32) * i)
+
+@triton.jit
+def uneven(OUT, WIDE):
+    if tl.program_id(0) == 0:
+        tl.store(OUT, 1.0)
+    else:
+        tl.store(WIDE + 1, tl.full([], 3, tl.int16))
+
+@triton.jit
+def slipping(X, Y, ROUND: tl.constexpr):
+    x = tl.load(X + tl.arange(0, 64))
+    if ROUND:
+        tl.store(Y + tl.arange(0, 64), x.to(tl.bfloat16))
+    else:
+        cut = x.to(tl.int32, bitcast=True) & -65536
+        tl.store(Y + tl.arange(0, 64), cut.to(tl.float32, bitcast=True).to(tl.bfloat16))
 
 pages, kv, out = torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.randn(4, 32), torch.empty(4, 32)
 """
@@ -179,3 +223,16 @@ def test_checks_find_programs_that_write_one_place():
     said = checked("racing[(4,)](out, APART=16, B=32)")
     assert "racing: programs race" in said
     assert "faults.py:17" in said
+
+
+def test_checks_find_programs_that_write_parts_of_one_place():
+    assert "uneven: programs race" in checked("uneven[(2,)](out, out.view(torch.int16))")
+
+
+def test_a_slip_in_rounding_shows_beside_torch():
+    lines = """
+    x, y = torch.randn(64), torch.empty(64, dtype=torch.bfloat16)
+    slipping[(1,)](x, y, ROUND={}); print(torch.equal(y, x.to(torch.bfloat16)))
+    """
+    assert checked(lines.format(True)) == "True"
+    assert checked(lines.format(False)) == "False"

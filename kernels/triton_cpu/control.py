@@ -1,0 +1,130 @@
+"""Loops, branches and what they carry."""
+
+import re
+
+from headrace.kernels.triton_cpu.program import Program, lowers
+from headrace.kernels.triton_cpu.tile_ir import Operation, Type, Unsupported, Value, parts
+
+
+@lowers("scf.for")
+def _for(to: Program, op: Operation, number: int) -> int:
+    match = re.match(r"(%\S+) = (%\S+) to (%\S+) step (%\S+?)(?: iter_args\((.*?)\) -> \((.*)\))?\s*(?:: (\w+))? \{", op.text)
+    assert match, op.text
+    variable, (begin, end, step) = match[1], [to.value(name) for name in match.group(2, 3, 4)]
+    carried = [pair.split(" = ") for pair in parts(match[5])] if match[5] else []
+    types = [Type.parse(type) for type in parts(match[6])] if match[6] else []
+    inside: dict[str, Value] = {}
+    cells = []
+    for (name, first), type in zip(carried, types, strict=True):
+        cells.append(_cell(to, type, to.value(first)))
+        inside[name] = cells[-1]
+    counter = to.fresh("n")
+    kind = Type((), match[7] or "i32")
+    inside[variable] = Value(kind, lambda index: counter)
+    to.emit(f"for ({kind.c} {counter} = {begin.at([])}; {counter} < {end.at([])}; {counter} += {step.at([])}) {{")
+    end_line = to.nested(number + 1, inside, lambda names: _carry(to, cells, names))
+    to.emit("}")
+    for name, cell in zip(op.results, cells, strict=True):
+        to.scopes[-1][name] = cell
+    return end_line + 1
+
+
+@lowers("scf.while")
+def _while(to: Program, op: Operation, number: int) -> int:
+    match = re.match(r"\((.*?)\) : \((.*?)\) -> (.*) \{", op.text)
+    assert match, op.text
+    carried = [pair.split(" = ") for pair in parts(match[1])]
+    types = [Type.parse(type) for type in parts(match[2])]
+    cells = [_cell(to, type, to.value(first)) for (_, first), type in zip(carried, types, strict=True)]
+    passed: list[Value] = []
+
+    def condition(names: list[str]) -> None:
+        to.emit(f"if (!({to.value(names[0]).at([])})) break;")
+        passed.extend(to.value(name) for name in names[1:])
+
+    to.emit("for (;;) {")
+    end = to.nested(number + 1, {name: cell for (name, _), cell in zip(carried, cells, strict=True)}, condition)
+    names = re.findall(r"(%[\w$.-]+): ", to.body[end + 1])
+    end = to.nested(end + 2, dict(zip(names, passed, strict=True)), lambda names: _carry(to, cells, names))
+    to.emit("}")
+    for name, value in zip(op.results, passed, strict=True):
+        to.scopes[-1][name] = value
+    return end + 1
+
+
+def _cell(to: Program, type: Type, first: Value) -> Value:
+    """What a loop carries, with its first value in it."""
+    if not type.shape:
+        return to.scalar(type, first.at([]), first.base)
+    cell = to.held(type, to.array(type), first.base)
+    to.each(type, lambda index: f"{cell.at(index)} = {first.at(index)};")
+    return cell
+
+
+def _carry(to: Program, cells: list[Value], names: list[str]) -> None:
+    """The cells' next values. All are read before any is written."""
+    assignments = []
+    for name, cell in zip(names, cells, strict=True):
+        value = to.value(name)
+        if not cell.type.shape:
+            next_ = to.fresh("y")
+            to.emit(f"const {cell.type.c} {next_} = {value.at([])};")
+            assignments.append(f"{cell.at([])} = {next_};")
+            continue
+        if value.array == cell.array:
+            continue
+        if value.array is None or value.array in {one.array for one in cells}:
+            value = to.hold(Value(value.type, value.at, value.cheap, None, value.base))
+        if value.array in to.owned[-1] and names.count(name) == 1:
+            assignments.append(f"std::swap({cell.array}, {value.array});")
+        else:
+            assignments.append(f"std::memcpy({cell.array}, {value.array}, {cell.type.size} * sizeof *{cell.array});")
+    for line in assignments:
+        to.emit(line)
+
+
+@lowers("scf.if")
+def _if(to: Program, op: Operation, number: int) -> int:
+    match = re.match(r"(%\S+)(?: -> \((.*)\))? \{", op.text)
+    assert match, op.text
+    condition = to.value(match[1])
+    types = [Type.parse(type) for type in parts(match[2])] if match[2] else []
+    cells = [to.held(type, to.array(type)) if type.shape else to.scalar(type, f"{type.c}{{}}") for type in types]
+
+    def give(names: list[str]) -> None:
+        for name, cell in zip(names, cells, strict=True):
+            value = to.value(name)
+            cell.base = value.base
+            if cell.type.shape:
+                to.each(cell.type, lambda index, cell=cell, value=value: f"{cell.at(index)} = {value.at(index)};")
+            else:
+                to.emit(f"{cell.at([])} = {value.at([])};")
+
+    to.emit(f"if ({condition.at([])}) {{")
+    end = to.nested(number + 1, {}, give)
+    to.emit("}")
+    if to.body[end].startswith("} else {"):
+        to.emit("else {")
+        end = to.nested(end + 1, {}, give)
+        to.emit("}")
+    for name, cell in zip(op.results, cells, strict=True):
+        to.scopes[-1][name] = cell
+    return end + 1
+
+
+@lowers("cf.cond_br")
+def _branch(to: Program, op: Operation, number: int) -> None:
+    match = re.match(r"(%\S+), \^(bb\d+), \^(bb\d+)", op.text)
+    if match is None:
+        raise Unsupported(f"{to.name}: a branch that passes values has no lowering on the CPU: {op.text}")
+    to.emit(f"if ({to.value(match[1]).at([])}) goto {match[2]}; else goto {match[3]};")
+
+
+@lowers("cf.br")
+def _jump(to: Program, op: Operation, number: int) -> None:
+    to.emit(f"goto {op.text.lstrip('^')};")
+
+
+@lowers("tt.return")
+def _return(to: Program, op: Operation, number: int) -> None:
+    to.emit("goto done;")

@@ -1,0 +1,247 @@
+"""Operations that compute every element by itself: arithmetic, comparisons, choices, conversions, constants."""
+
+import re
+import struct
+
+from headrace.kernels.triton_cpu.program import Program, lowers
+from headrace.kernels.triton_cpu.tile_ir import ROUNDED, Index, Operation, Type, Unsupported, Value, parts
+
+
+def unsigned(type: Type, expression: str) -> str:
+    return f"static_cast<u{type.c}>({expression})" if type.element != "i1" else expression
+
+
+INFIX = {
+    "arith.addf": "+",
+    "arith.subf": "-",
+    "arith.mulf": "*",
+    "arith.divf": "/",
+    "arith.addi": "+",
+    "arith.subi": "-",
+    "arith.muli": "*",
+    "arith.divsi": "/",
+    "arith.remsi": "%",
+    "arith.andi": "&",
+    "arith.ori": "|",
+    "arith.xori": "^",
+    "arith.shli": "<<",
+    "arith.shrsi": ">>",
+    "arith.shrui": ">>",
+    "arith.divui": "/",
+    "arith.remui": "%",
+    "tt.precise_divf": "/",
+}
+"""Operations of two operands of one type."""
+OF_UNSIGNED = {"arith.shrui", "arith.divui", "arith.remui"}
+COSTLY = {"arith.divsi", "arith.remsi", "arith.divui", "arith.remui"}
+
+
+@lowers(*INFIX)
+def _infix(to: Program, op: Operation, number: int) -> None:
+    left, right = op.operands(to.value)
+    type, sign = op.type, INFIX[op.name]
+
+    def at(index: Index) -> str:
+        a, b = left.at(index), right.at(index)
+        if op.name in OF_UNSIGNED:
+            a, b = unsigned(type, a), unsigned(type, b)
+        if type.is_float:
+            return type.rounded(f"({a} {sign} {b})")
+        if op.name in COSTLY:
+            # A masked element may divide by zero, which a GPU survives.
+            return f"static_cast<{type.c}>({'quotient' if sign == '/' else 'remainder'}({a}, {b}))"
+        if type.element == "i1" and sign in "+-":
+            return f"({a} != {b})"
+        return f"static_cast<{type.c}>({a} {sign} {b})"
+
+    value = Value(type, at, left.cheap and right.cheap and not type.is_float)
+    if op.name in COSTLY and type.shape:
+        value = to.hold(value)
+    to.define(op.results[0], value)
+
+
+CHOSEN = {
+    "arith.maxsi": ">",
+    "arith.minsi": "<",
+    "arith.maxui": ">",
+    "arith.minui": "<",
+    "arith.maxnumf": ">",
+    "arith.minnumf": "<",
+    "arith.maximumf": ">",
+    "arith.minimumf": "<",
+}
+
+
+@lowers(*CHOSEN)
+def _chosen(to: Program, op: Operation, number: int) -> None:
+    left, right = (one if one.cheap else to.hold(one) for one in op.operands(to.value))
+    type, sign = op.type, CHOSEN[op.name]
+
+    def at(index: Index) -> str:
+        a, b = left.at(index), right.at(index)
+        if op.name.endswith("ui"):
+            return f"({unsigned(type, a)} {sign} {unsigned(type, b)} ? {a} : {b})"
+        if op.name.endswith("imumf"):  # a NaN wins
+            return f"({a} != {a} || {a} {sign} {b} ? {a} : {b})"
+        # Of a NaN and a number, the number.
+        return f"({a} {sign} {b} || {b} != {b} ? {a} : {b})" if type.is_float else f"({a} {sign} {b} ? {a} : {b})"
+
+    to.define(op.results[0], Value(type, at, not type.is_float))
+
+
+PREDICATES = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+
+@lowers("arith.cmpi", "arith.cmpf")
+def _compared(to: Program, op: Operation, number: int) -> None:
+    kind, rest = op.text.split(", ", 1)
+    left, right = Operation([], "", rest, 0).operands(to.value)
+    type = op.type
+    sign = PREDICATES[kind[-2:]]
+
+    def at(index: Index) -> str:
+        a, b = left.at(index), right.at(index)
+        if not type.is_float and kind[0] == "u":
+            a, b = unsigned(type, a), unsigned(type, b)
+        said = f"({a} {sign} {b})"
+        if type.is_float and kind[0] == "u" and kind != "une":
+            return f"({a} != {a} || {b} != {b} || {said})"
+        if kind == "one":
+            return f"({a} == {a} && {b} == {b} && {said})"
+        return said
+
+    to.define(op.results[0], Value(Type(type.shape, "i1"), at, left.cheap and right.cheap))
+
+
+@lowers("arith.select")
+def _select(to: Program, op: Operation, number: int) -> None:
+    choice, yes, no = op.operands(to.value)
+    type = Type.parse(parts(op.types)[-1])
+    one = not choice.type.shape and bool(type.shape)
+    to.define(
+        op.results[0],
+        Value(
+            type,
+            lambda index: f"({choice.at([] if one else index)} ? {yes.at(index)} : {no.at(index)})",
+            choice.cheap and yes.cheap and no.cheap and not type.is_float,
+            None,
+            yes.base,
+        ),
+    )
+
+
+CALLS = {
+    "math.exp": "exp_of",
+    "math.exp2": "exp2_of",
+    "math.log": "std::log",
+    "math.log2": "std::log2",
+    "math.sqrt": "std::sqrt",
+    "tt.precise_sqrt": "std::sqrt",
+    "math.rsqrt": "1.0f / std::sqrt",
+    "math.absf": "std::fabs",
+    "math.absi": "std::abs",
+    "math.floor": "std::floor",
+    "math.ceil": "std::ceil",
+    "math.sin": "std::sin",
+    "math.cos": "std::cos",
+    "math.erf": "std::erf",
+    "math.tanh": "std::tanh",
+    "arith.negf": "-",
+}
+
+
+@lowers(*CALLS)
+def _called(to: Program, op: Operation, number: int) -> None:
+    (x,) = op.operands(to.value)
+    type, call = op.type, CALLS[op.name]
+    to.define(op.results[0], Value(type, lambda index: type.rounded(f"({call}({x.at(index)}))"), False))
+
+
+@lowers("math.fma")
+def _fma(to: Program, op: Operation, number: int) -> None:
+    a, b, c = op.operands(to.value)
+    type = op.type
+    call = "__builtin_fma" if type.element == "f64" else "__builtin_fmaf"
+    to.define(op.results[0], Value(type, lambda i: type.rounded(f"{call}({a.at(i)}, {b.at(i)}, {c.at(i)})"), False))
+
+
+@lowers("tt.clampf")
+def _clamp(to: Program, op: Operation, number: int) -> None:
+    x, low, high = op.operands(to.value)
+    x = to.hold(x)
+    to.define(op.results[0], Value(op.type, lambda i: f"std::fmin(std::fmax({x.at(i)}, {low.at(i)}), {high.at(i)})", False))
+
+
+@lowers("tt.mulhiui")
+def _mulhiui(to: Program, op: Operation, number: int) -> None:
+    a, b = op.operands(to.value)
+    to.define(op.results[0], Value(op.type, lambda i: f"high_product<{op.type.c}>({a.at(i)}, {b.at(i)})", a.cheap and b.cheap))
+
+
+@lowers(
+    "arith.extf",
+    "arith.truncf",
+    "arith.extsi",
+    "arith.extui",
+    "arith.trunci",
+    "arith.sitofp",
+    "arith.uitofp",
+    "arith.fptosi",
+    "arith.fptoui",
+    "arith.index_cast",
+    "tt.fp_to_fp",
+)
+def _converted(to: Program, op: Operation, number: int) -> None:
+    (x,) = op.operands(to.value)
+    type = op.result
+    if "rounding = rtz" in op.text:
+        raise Unsupported(f"{to.name}: rounding toward zero has no lowering on the CPU ({to.lines[op.line]})")
+
+    def at(index: Index) -> str:
+        expression = x.at(index)
+        if op.name in ("arith.extui", "arith.uitofp"):
+            expression = unsigned(x.type, expression)
+        elif op.name in ("arith.extsi", "arith.sitofp") and x.type.element == "i1":
+            expression = f"-static_cast<int>({expression})"
+        return type.rounded(f"static_cast<{type.c}>({expression})")
+
+    to.define(op.results[0], Value(type, at, x.cheap and not type.is_float))
+
+
+@lowers("arith.bitcast", "tt.bitcast")
+def _bitcast(to: Program, op: Operation, number: int) -> None:
+    (x,) = op.operands(to.value)
+    type = op.result
+    if type.pointer or x.type.element in ROUNDED or type.element in ROUNDED:
+        if not type.pointer:
+            raise Unsupported(f"{to.name}: a bitcast of {x.type.element} to {type.element} has no lowering on the CPU")
+        to.define(op.results[0], Value(type, lambda index: f"reinterpret_cast<{type.c}>({x.at(index)})", x.cheap, None, x.base))
+        return
+    to.define(op.results[0], Value(type, lambda index: f"__builtin_bit_cast({type.c}, {x.at(index)})", x.cheap))
+
+
+@lowers("arith.constant")
+def _constant(to: Program, op: Operation, number: int) -> None:
+    match = re.fullmatch(r"(?:\{.*?\} )?(?:dense<(.*?)>|(\S+))(?: : (.*))?", op.text)
+    assert match, op.text
+    text, type = match[1] or match[2], Type.parse(match[3] or "i1")
+    if text in ("true", "false"):
+        literal = text
+    elif type.is_float:
+        literal = _float(text, type)
+    else:
+        literal = f"static_cast<{type.c}>({text}LL)"
+    to.scopes[-1][op.results[0]] = Value(type, lambda index: literal, True)
+
+
+def _float(text: str, type: Type) -> str:
+    if not text.startswith("0x"):
+        return f"{text}f" if type.c == "float" else text
+    bits = int(text, 16)
+    if type.element == "bf16":
+        bits <<= 16
+    elif type.element == "f16":
+        (bits,) = struct.unpack("<I", struct.pack("<f", struct.unpack("<e", struct.pack("<H", bits))[0]))
+    elif type.element != "f32":
+        raise Unsupported(f"a constant {text} of {type.element} has no lowering on the CPU")
+    return f"float_of({bits:#x}u)"
