@@ -19,7 +19,7 @@ import triton.language as tl
 from headrace.kernels.ops import HeadShape
 from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.step import StepTokens
-from headrace.kernels.triton.tiles import KV_BLOCK, KV_SPLIT, PROGRAMS, QUERY_ROWS, power_of_two
+from headrace.kernels.triton.tiles import KV_BLOCK, KV_SPLIT, PROGRAMS, QUERY_ROWS, power_of_two, precision_of
 
 _LOG2_E = math.log2(math.e)
 _NOTHING = tl.constexpr(-1e30)
@@ -59,6 +59,7 @@ def attention_kernel(
     TREE: tl.constexpr,
     SCALED: tl.constexpr,
     WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -115,7 +116,7 @@ def attention_kernel(
             there = known[:, None] & (at < DIM)[None, :]
             k = tl.load(keys + slot[:, None] * DIM + at[None, :], mask=there, other=0.0)
             v = tl.load(values + slot[:, None] * DIM + at[None, :], mask=there, other=0.0)
-            scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
+            scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
             if SCALED:
                 scale_at = scales + (page * KV_HEADS + kv_head) * 2 * PAGE + stored % PAGE
                 scores *= tl.load(scale_at, mask=known, other=0.0)[None, :]
@@ -127,7 +128,7 @@ def attention_kernel(
             sum = tl.fma(sum, fade, tl.sum(weights, 1))
             if SCALED:
                 weights *= tl.load(scale_at + PAGE, mask=known, other=0.0)[None, :]
-            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="tf32x3")
+            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision=PRECISION)
             top = higher
         if WHOLE:
             highest, total, mine, theirs = merged(highest, total, top, sum)
@@ -213,6 +214,7 @@ def attention(
         TREE=tokens.paths is not None,
         SCALED=kv.scales is not None,
         WHOLE=whole,
+        PRECISION=precision_of(kv.multiplied_as),
         PAGE=kv.page_size,
         SPLIT=KV_SPLIT,
         ROWS=max(QUERY_ROWS, power_of_two(heads.query_heads // heads.kv_heads)),

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.tiles import K_BLOCK, MANY, rows_of, split_of
+from headrace.kernels.triton.tiles import K_BLOCK, MANY, precision_of, rows_of, split_of
 from headrace.kernels.weights import Dense, GroupedInt, Weight
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -287,7 +287,7 @@ def _one(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
         MINIMUMS=w.minimums is not None,
         BIAS=w.bias is not None,
         EVEN=inputs % K_BLOCK == 0,
-        PRECISION="tf32x3",
+        PRECISION=precision_of(x.dtype if w.bits else w.values.dtype),
         TOKENS=rows.tokens,
         OUTPUTS=rows.outputs,
         INPUTS=K_BLOCK,

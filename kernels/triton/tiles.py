@@ -6,6 +6,8 @@ split, how positions are) follows from the shape of the weight, or is a constant
 
 from dataclasses import dataclass
 
+import torch
+
 KV_SPLIT = 256
 """Positions whose softmax is computed from nothing, before it is merged with the others' in order."""
 KV_BLOCK = 64
@@ -49,6 +51,12 @@ def split_of(outputs: int, inputs: int) -> int:
     tiles = -(-outputs // FEW.outputs)
     splits = max(1, min(PROGRAMS // tiles, MOST_SPLITS, inputs // LEAST_SPLIT))
     return -(-inputs // (splits * K_BLOCK)) * K_BLOCK
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How operands of a type are multiplied: float32 in three parts of 19 bits on NVIDIA's tensor cores, which is as good (and compiles in
+    seconds, not minutes); AMD's multiply float32 themselves. Other types have no choice."""
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def power_of_two(size: int) -> int:
