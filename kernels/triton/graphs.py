@@ -17,6 +17,9 @@ from headrace.kernels.triton.tiles import KV_SPLIT, power_of_two
 MOST_ROWS = 256
 """Rows beyond which a step's launches no longer cost what they compute."""
 
+NO_SLOT = -1
+"""Where keys and values of a row go that is not there."""
+
 Forward = Callable[[StepTokens], tuple[torch.Tensor, torch.Tensor]]
 """Tokens to hidden states [T, H] and logits [T, V]."""
 
@@ -55,11 +58,11 @@ class Graphs:
             self._captured[size, reach] = self._capture(size, reach)
         captured = self._captured[size, reach]
         staged = captured.staged.numpy()
-        staged[: 6 * size].reshape(6, size)[:] = _FILLING
+        staged[: 6 * size] = 0
         ids, positions, slots = staged[: 3 * size].reshape(3, size)
+        slots[:] = NO_SLOT
         ids[:rows], positions[:rows], slots[:rows] = batch.ids, batch.positions, batch.slots
         tiles = staged[3 * size : 6 * size].reshape(size, 3)
-        tiles[:] = 0
         tiles[:rows] = np.arange(rows)[:, None] + (0, 0, 1)
         table = staged[6 * size :].reshape(size, -1)
         width = min(table.shape[1], batch.pages.shape[1])
@@ -70,14 +73,13 @@ class Graphs:
 
     def _capture(self, size: int, splits: int) -> Captured:
         width = -(-splits * KV_SPLIT // self._page_size)
-        staged = torch.zeros(size * (6 + width), dtype=torch.int32, pin_memory=True)
-        staged[: 3 * size].view(3, size)[:] = torch.from_numpy(_FILLING[:3])
+        staged = pinned(size * (6 + width))
+        staged[2 * size : 3 * size] = NO_SLOT
         inputs = staged.to(self._device)
         ids, positions, slots = inputs[: 3 * size].view(3, size)
         tiles = Tiles(inputs[3 * size : 6 * size].view(size, 3))
-        every = _EveryGroup(tiles)
-        # In a graph no row is looked up by its request's extent: that is for trees.
-        tokens = StepTokens(ids, positions, slots, ids, inputs[6 * size :].view(size, width), splits, (), None, every)
+        # Extents are for trees: no row is looked up by its request's here.
+        tokens = StepTokens(ids, positions, slots, ids, inputs[6 * size :].view(size, width), splits, (), None, tiles)
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -90,18 +92,6 @@ class Graphs:
         return Captured(graph, staged, inputs, hidden, logits)
 
 
-class _EveryGroup(dict):
-    """One token a tile, whatever the heads."""
-
-    def __init__(self, tiles: Tiles) -> None:
-        self._tiles = tiles
-
-    def __contains__(self, group: object) -> bool:
-        return True
-
-    def __getitem__(self, group: int) -> Tiles:
-        return self._tiles
-
-
-_FILLING = np.array([[0], [0], [-1], [0], [0], [0]], np.int32)
-"""Id, position and slot of a row that is not there, and its tile."""
+def pinned(size: int) -> torch.Tensor:
+    """int32 zeros that a device copies while the host goes on."""
+    return torch.zeros(size, dtype=torch.int32, pin_memory=True)

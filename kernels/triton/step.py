@@ -41,6 +41,8 @@ class StepTokens:
     """`query_start` on the host."""
     paths: torch.Tensor | None = None
     """[T, depth]: the rows of its request that a row of a tree follows and itself, from the root down. None where nothing is a tree."""
+    single: Tiles | None = None
+    """Where every request has one token: a tile each, whatever the heads."""
     known_tiles: dict[int, Tiles] = field(default_factory=dict)
 
     @classmethod
@@ -56,6 +58,8 @@ class StepTokens:
 
     def tiles(self, group: int) -> Tiles:
         """The tiles for `group` query heads a KV head."""
+        if self.single is not None:
+            return self.single
         if group not in self.known_tiles:
             most = 1 if self.paths is not None else max(1, QUERY_ROWS // group)
             table = [
