@@ -37,7 +37,7 @@ def launches() -> dict[str, Callable[[], object]]:
         rows = torch.tensor([[0, first, min(first + 16, count)] for first in range(0, count, 16)], dtype=torch.int32)
         pages = torch.arange(64, dtype=torch.int32).view(1, 64)
         start = torch.tensor([0, count], dtype=torch.int32)
-        return StepTokens(positions, positions, positions, start, pages, -(-context // 256), (0, count), None, {4: Tiles(rows)})
+        return StepTokens(positions, positions, positions, start, pages, -(-context // 256), (0, count), known_tiles={4: Tiles(rows)})
 
     decode, prefill = tokens(1, 512), tokens(64, 512)
     one, many, x, ones = torch.randn(1, 512), torch.randn(64, 512), torch.randn(64, 512), torch.ones(512)

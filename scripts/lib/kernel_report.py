@@ -71,7 +71,7 @@ def tokens_of(count: int, requests: int, context: int, heads: HeadShape) -> Step
     tiles = Tiles(integers(requests * -(-count // requests // max(1, QUERY_ROWS // group)) or 1, 3))
     each = integers(count)
     return StepTokens(
-        each, each, each, integers(requests + 1), integers(requests, context // 16), -(-context // 256), (), None, {group: tiles}
+        each, each, each, integers(requests + 1), integers(requests, context // 16), -(-context // 256), (), known_tiles={group: tiles}
     )
 
 
