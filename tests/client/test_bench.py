@@ -39,7 +39,8 @@ def test_tokens_and_times_are_those_the_server_gave() -> None:
     assert (report.completed, report.errors) == (4, {})
     assert (report.tokens.output, report.tokens.chunks, report.tokens.counted_by) == (20, 20, "usage")
     assert 50 <= report.ttft_ms.p50 < 150
-    assert 20 <= report.tpot_ms.p50 < 60
+    # The first chunk may come late, and the others are then nearer to it.
+    assert 15 <= report.tpot_ms.p50 < 60
     assert 18 <= report.itl_ms.p50 < 60 and report.itl_ms.count == 16
     assert 130 <= report.e2e_ms.p50 < 400
     assert report.output_tok_s == pytest.approx(20 / report.wall_s)

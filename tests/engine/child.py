@@ -32,6 +32,7 @@ class Plain:
             case EngineState():
                 say(name, "state", message.state)
                 if message.state == "ready":
+                    (self._process.run_dir / "ready").touch()
                     self._process.send(SUPERVISOR, GetStatus(1, name))
             case Status():
                 say(name, "status", message.state, *(f"{child.name}={child.state}/{child.restarts}" for child in message.children))
@@ -56,14 +57,16 @@ async def build(process: Process) -> Plain:
     if process.name == "crashing":
         os._exit(7)
     if process.name.startswith("once-"):
-        # Dies soon after each time it became ready.
-        asyncio.get_running_loop().call_later(0.05, os._exit, 9)
+        # Dies soon after each time it became ready, the others having had time to become so too.
+        asyncio.get_running_loop().call_later(0.3, os._exit, 9)
     if process.name == "stuck" and first_life(process):
         asyncio.get_running_loop().call_later(0.05, select.select, [], [], [])
     if process.name.startswith("rank") and not first_life(process):
         (process.run_dir / "again").touch()
     if process.name == "scheduler-of-a-lost-step":
-        process.progress = lambda: Progress(1, 0, True, 9.0, 3, None if (process.run_dir / "again").exists() else 9.0)
+        # Steps are computed once all are ready.
+        lost = lambda: (process.run_dir / "ready").exists() and not (process.run_dir / "again").exists()  # noqa: E731
+        process.progress = lambda: Progress(1, 0, True, 9.0, 3, 9.0 if lost() else None)
     process.detail = "http://here"
     return Plain(process)
 
