@@ -33,6 +33,8 @@ class Captured:
     """The same on the device."""
     hidden: torch.Tensor
     logits: torch.Tensor
+    copied: torch.cuda.Event
+    """When the device has read `staged`: before that nothing may be written there."""
 
 
 class Graphs:
@@ -57,6 +59,7 @@ class Graphs:
         if (size, reach) not in self._captured:
             self._captured[size, reach] = self._capture(size, reach)
         captured = self._captured[size, reach]
+        captured.copied.synchronize()
         staged = captured.staged.numpy()
         staged[: 6 * size] = 0
         ids, positions, slots = staged[: 3 * size].reshape(3, size)
@@ -68,6 +71,7 @@ class Graphs:
         width = min(table.shape[1], batch.pages.shape[1])
         table[:rows, :width] = batch.pages[:, :width]
         captured.inputs.copy_(captured.staged, non_blocking=True)
+        captured.copied.record()
         captured.graph.replay()
         return captured.hidden[:rows], captured.logits[:rows]
 
@@ -89,7 +93,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             hidden, logits = self._forward(tokens)
-        return Captured(graph, staged, inputs, hidden, logits)
+        return Captured(graph, staged, inputs, hidden, logits, torch.cuda.Event())
 
 
 def pinned(size: int) -> torch.Tensor:

@@ -195,6 +195,9 @@ def linear_kernel(
                 known = columns < (K if not EVEN else k + INPUTS)
                 x = tl.load(x_rows + columns[:, None], mask=(tokens < T)[None, :] & known[:, None], other=0.0)
                 w = tl.load(W + rows * stride + columns[None, :], mask=(outputs < N)[:, None] & known[None, :], other=0.0)
+                if W.dtype.element_ty == tl.float16 and X.dtype.element_ty == tl.bfloat16:
+                    # Activations may exceed what float16 holds.
+                    w = w.to(tl.bfloat16)
                 acc = tl.dot(w, x.to(w.dtype), acc, input_precision=PRECISION)
             else:
                 if BITS == 4:

@@ -236,3 +236,16 @@ def test_a_slip_in_rounding_shows_beside_torch():
     """
     assert checked(lines.format(True)) == "True"
     assert checked(lines.format(False)) == "False"
+
+
+def test_activations_beyond_float16_stay_finite_beside_weights_of_float16():
+    from headrace.kernels.triton import TritonBackend, TritonOps
+    from headrace.kernels.weights import Dense
+
+    values = torch.randn(64, 64, generator=torch.Generator().manual_seed(5)).half()
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    x[0, 3] = 70000
+    weight = TritonBackend("cpu").prepare("w", lambda: [Dense(values.numpy())])
+    y, expected = TritonOps(torch.bfloat16, torch.float32).linear(x, weight), x.float() @ values.float().t()
+    assert y.isfinite().all()
+    assert (y - expected).norm() / expected.norm() < 1e-2

@@ -23,6 +23,7 @@ class Card:
     def __init__(self) -> None:
         self.seen: list[StepTokens] = []
         self.replays = 0
+        self.order: list[str] = []
         self._work: list = []
 
     def forward(self, tokens: StepTokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +62,7 @@ def card(monkeypatch) -> Card:
         current_stream=lambda device: stream,
         stream=lambda one: nullcontext(),
         CUDAGraph=lambda: Card.Graph(card),
+        Event=lambda: SimpleNamespace(record=lambda: card.order.append("copied"), synchronize=lambda: card.order.append("waited")),
         graph=card.capture,
     )
     monkeypatch.setattr(graphs.torch, "cuda", cuda)
@@ -111,3 +113,10 @@ def test_only_steps_of_single_tokens_are_graphs():
     assert not graphs.Graphs.fits(prompt)
     tree = Batch(one.ids, one.positions, one.slots, one.query_start, one.pages, np.array([-1, -1], np.int32))
     assert not graphs.Graphs.fits(tree)
+
+
+def test_what_the_device_may_still_read_is_waited_for_before_it_is_overwritten(card):
+    made = graphs.Graphs(card.forward, torch.device("cpu"), PAGE_SIZE)
+    made.replay(batch([3], 1))
+    made.replay(batch([4], 1))
+    assert card.order == ["waited", "copied"] * 2
