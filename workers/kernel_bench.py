@@ -42,7 +42,7 @@ class Timing(msgspec.Struct, frozen=True):
     """Of all calls, the least of some runs."""
     operations: float
     """Multiplications and additions, of all calls."""
-    integers: bool
+    numbers: str
     bytes: float
     """Read and written at least, of all calls."""
 
@@ -52,7 +52,12 @@ class Peaks(msgspec.Struct, frozen=True):
 
     float_operations: float
     int8_operations: float
+    bf16_operations: float
     bytes_read: float
+
+    def of(self, numbers: str) -> float:
+        """Operations on these numbers."""
+        return {"f32": self.float_operations, "int8": self.int8_operations, "bf16": self.bf16_operations}[numbers]
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -151,7 +156,7 @@ def _timings(step: Step, batch: Batch, works: Sequence, spent: np.ndarray) -> It
             calls=calls,
             us=float(spent[:, indices].sum(1).min()) / 1e3,
             operations=calls * (work.row_operations * rows + work.position_operations * seen),
-            integers=work.integers,
+            numbers=work.numbers,
             bytes=calls * (work.fixed_bytes + work.row_bytes * rows + work.position_bytes * kept),
         )
 
@@ -160,7 +165,8 @@ def table(report: Report) -> str:
     peaks = report.peaks
     lines = [
         f"{report.model}, {report.kernels} kernels, {report.threads} threads, {report.context} positions",
-        f"this machine at most: {peaks.float_operations / 1e9:.0f} GOPS on floats, {peaks.int8_operations / 1e9:.0f} GOPS on int8, "
+        f"this machine at most: {peaks.float_operations / 1e9:.0f} GOPS on float32, {peaks.int8_operations / 1e9:.0f} on int8, "
+        f"{peaks.bf16_operations / 1e9:.0f} on bfloat16, "
         f"{peaks.bytes_read / 1e9:.1f} GB/s from memory (what fits its caches is read faster)",
     ]
     step = None
@@ -170,7 +176,7 @@ def table(report: Report) -> str:
             what = f"decode, {one.rows} requests" if one.decode else f"chunk of {one.rows} tokens"
             lines += ["", f"{what:<46}{'calls':>6}{'µs each':>10}{'GOPS':>8}{'of peak':>9}{'GB/s':>8}{'of peak':>9}"]
         seconds = one.us / 1e6
-        peak = peaks.int8_operations if one.integers else peaks.float_operations
+        peak = peaks.of(one.numbers)
         rate = f"{one.operations / seconds / 1e9:8.1f}{one.operations / seconds / peak:9.0%}" if one.operations else " " * 17
         flow = f"{one.bytes / seconds / 1e9:8.1f}{one.bytes / seconds / peaks.bytes_read:9.0%}"
         lines.append(f"  {one.op + ' ' + one.shape:<44}{one.calls:6}{one.us / one.calls:10.1f}{rate}{flow}")

@@ -59,7 +59,8 @@ class CpuBackend:
     """`headrace.kernels.ops.Backend` in native code, whose docstrings hold here. `threads` None is one a physical core.
 
     `isa` is one of INSTRUCTION_SETS; None is what HEADRACE_CPU_ISA names, or the best. ValueError when the machine lacks it, and for
-    weights of the wrong type or shape.
+    weights of the wrong type or shape. `activations` is what weights are multiplied with where they allow it: "f32", "int8" or
+    "bf16".
     """
 
     name = "cpu"
@@ -125,9 +126,9 @@ class CpuBackend:
             self._store.publish()
         return CpuProgram(self._engine, model, kv)
 
-    def probe(self) -> tuple[float, float, float]:
-        """The most that this machine does with these threads, by measurement: float operations, int8 operations, and bytes read from
-        memory, a second. Multiplications and additions count one each."""
+    def probe(self) -> tuple[float, float, float, float]:
+        """The most that this machine does with these threads, by measurement: operations on float32, on int8 and on bfloat16, and
+        bytes read from memory, a second. Multiplications and additions count one each."""
         return self._engine.probe()
 
     def sample(self, logits: np.ndarray, batch: SamplingBatch) -> Sampled:

@@ -21,7 +21,7 @@ class Linear:
         form: int,
         scales: int,
         minimums: bool,
-        quantized: bool,
+        activations: int,
         offset: int,
         outputs: int,
         inputs: int,
@@ -91,7 +91,7 @@ class Engine:
     def threads(self) -> int: ...
     def choose(self, parts: Sequence[Rows], inputs: int, group: int, /) -> tuple[int, int, int]:
         """Form, kind of scales, and offset of codes."""
-    def probe(self) -> tuple[float, float, float]:
+    def probe(self) -> tuple[float, float, float, float]:
         """The most of this machine: operations on floats, operations on int8, and bytes read from memory, a second."""
     def pack(self, parts: Sequence[Rows], weight: Linear, to: int, /) -> None: ...
     def sample(

@@ -23,9 +23,11 @@ Allocate = Callable[[int], np.ndarray]
 """So many bytes, as uint8 from a 64-byte boundary on."""
 
 _FORMS = {"float32": 0, "bfloat16": 1, "float16": 2}
-_INT8, _INT6, _INT4 = 3, 4, 5
+_BF16, _INT8, _INT6, _INT4 = 1, 3, 4, 5
 _NAMES = ("f32", "bf16", "f16", "int8", "int6", "int4")
 _QUANTUM = 32
+_ACTIVATIONS = {"f32": 0, "int8": 1, "bf16": 2}
+"""What x can be made before it is multiplied, and the number of each in src/ops.h."""
 
 
 class Part(NamedTuple):
@@ -39,35 +41,48 @@ class Part(NamedTuple):
     inputs: int
     group: int
 
-    def native(self, panels: int, bias: int, quantized: bool, following: "_native.Linear | None") -> "_native.Linear":
+    def native(self, panels: int, bias: int, activations: str, following: "_native.Linear | None") -> "_native.Linear":
         return _native.Linear(
-            self.form, self.scales, self.minimums, quantized, self.offset, self.outputs, self.inputs, self.group, panels, bias, following
+            self.form,
+            self.scales,
+            self.minimums,
+            _ACTIVATIONS[activations],
+            self.offset,
+            self.outputs,
+            self.inputs,
+            self.group,
+            panels,
+            bias,
+            following,
         )
 
     @property
     def nbytes(self) -> int:
-        return self.native(0, 0, False, None).size
+        return self.native(0, 0, "f32", None).size
 
     @property
     def name(self) -> str:
         """The type of its numbers, in short."""
         return _NAMES[self.form]
 
-    @property
-    def takes_int8(self) -> bool:
-        """Whether the kernels for int8 activations can multiply with it."""
-        if self.inputs % _QUANTUM:
+    def takes(self, activations: str) -> bool:
+        """Whether there are kernels that multiply these activations with it."""
+        if activations == "f32":
+            return True
+        if self.inputs % _QUANTUM or self.group % 16 or (self.group % _QUANTUM and self.group != 16):
             return False
+        if activations == "bf16":
+            return self.form == _BF16 or self.form >= _INT8
         if self.group == 16:
             return self.form == _INT6 and not self.minimums
-        return self.group % _QUANTUM == 0 and (self.form in (_INT4, _INT6) or (self.form == _INT8 and not self.minimums))
+        return self.form in (_INT4, _INT6) or (self.form == _INT8 and not self.minimums)
 
 
 class Packed:
     """A layer's weight [N, K], bound to where its panels lie."""
 
     def __init__(self, parts: Sequence[tuple[Part, np.ndarray]], bias: np.ndarray | None, activations: str) -> None:
-        """`bias` is float32 [N]; `activations` "int8" or "f32"."""
+        """`bias` is float32 [N]; `activations` "int8", "bf16" or "f32", which is also what parts get that do not take these."""
         self.inputs = parts[0][0].inputs
         self.outputs = sum(part.outputs for part, _ in parts)
         if bias is not None:
@@ -76,15 +91,15 @@ class Packed:
             bias = np.ascontiguousarray(bias, np.float32)
         # Native code knows addresses alone: what lies there must not go before this does.
         self._panels, self._bias = [panels for _, panels in parts], bias
-        self.integers = activations == "int8" and any(part.takes_int8 for part, _ in parts)
-        """Whether activations are made int8 for it."""
-        self.name = f"{'+'.join(dict.fromkeys(part.name for part, _ in parts))} × {'int8' if self.integers else 'f32'}"
+        self.activations = activations if any(part.takes(activations) for part, _ in parts) else "f32"
+        """What it is multiplied with, in the main."""
+        self.name = f"{'+'.join(dict.fromkeys(part.name for part, _ in parts))} × {self.activations}"
         self._natives: list[_native.Linear] = []
         following, end = None, self.outputs
         for part, panels in reversed(parts):
             end -= part.outputs
             at = 0 if bias is None else bias[end:].ctypes.data
-            following = part.native(panels.ctypes.data, at, activations == "int8" and part.takes_int8, following)
+            following = part.native(panels.ctypes.data, at, activations if part.takes(activations) else "f32", following)
             self._natives.append(following)
 
     @property
@@ -131,7 +146,7 @@ def _part(engine: "_native.Engine", weight: Weight) -> Part:
 
 def _packed(engine: "_native.Engine", part: Part, weights: Sequence[Weight], allocate: Allocate) -> np.ndarray:
     panels = allocate(part.nbytes)
-    engine.pack([_rows(weight) for weight in weights], part.native(0, 0, False, None), panels.ctypes.data)
+    engine.pack([_rows(weight) for weight in weights], part.native(0, 0, "f32", None), panels.ctypes.data)
     return panels
 
 

@@ -39,8 +39,8 @@ class Work:
     shape: str = ""
     row_operations: int = 0
     position_operations: int = 0
-    integers: bool = False
-    """Whether the operations are on int8."""
+    numbers: str = "f32"
+    """What the operations are on: "f32", "int8" or "bf16"."""
     fixed_bytes: int = 0
     row_bytes: int = 0
     position_bytes: int = 0
@@ -106,7 +106,7 @@ class Recorder:
             "linear",
             f"{weight.outputs}×{weight.inputs} {weight.name}",
             row_operations=2 * weight.outputs * weight.inputs,
-            integers=weight.integers,
+            numbers=weight.activations,
             fixed_bytes=weight.nbytes,
             row_bytes=4 * (x.width + y.width),
         )

@@ -31,7 +31,7 @@ class ReferenceBackend:
 
     def __init__(self, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> None:
         self.device = torch.device(device)
-        self._rounding = activations == "int8"
+        self._activations = activations
         if threads is not None:
             torch.set_num_threads(threads)
 
@@ -39,7 +39,7 @@ class ReferenceBackend:
         """Nothing is kept: weights are dequantized at every start."""
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> PreparedLinear:
-        return prepare(weights(), bias, self.device, self._rounding)
+        return prepare(weights(), bias, self.device, self._activations)
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Table:
         return Table(weight(), self.device)

@@ -22,12 +22,13 @@ class PreparedLinear:
     outputs: int
     """N before padding."""
     tiles: tuple[int, ...]
-    rounds: bool
-    """Whether the inputs are rounded to 8 bits first."""
+    activations: str
+    """What the inputs are rounded to first: "int8", "bf16", or "f32" where they are not."""
 
 
-def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device, rounding: bool = False) -> PreparedLinear:
-    """Stack the weights along N in float32. With `rounding`, inputs of weights that are all integers are rounded too."""
+def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device, activations: str = "f32") -> PreparedLinear:
+    """Stack the weights along N in float32. With other `activations`, inputs are rounded to these where all weights allow it, and with
+    "bf16" so are the weights."""
     inputs = weights[0].shape[1]
     for weight in weights:
         if weight.shape[1] != inputs:
@@ -39,13 +40,21 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
     for weight, rows in zip(weights, matrix[:outputs, :inputs].split([weight.shape[0] for weight in weights]), strict=True):
         rows.copy_(torch.from_numpy(np.require(weight.dequantize(), requirements="CW")))
     offsets = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=device)
-    rounds = rounding and all(takes_integers(weight) for weight in weights)
-    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()), rounds)
+    if not all(takes(weight, activations) for weight in weights):
+        activations = "f32"
+    if activations == "bf16":
+        matrix = narrowed(matrix)
+    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()), activations)
 
 
-def takes_integers(weight: Weight) -> bool:
-    """Whether the weight is of integers in groups that fit those in which activations are rounded."""
-    return isinstance(weight, GroupedInt) and weight.shape[1] % GROUP == 0 and (weight.group == GROUP // 2 or weight.group % GROUP == 0)
+def takes(weight: Weight, activations: str) -> bool:
+    """Whether inputs are rounded for this weight: to 8 bits where it is of integers in groups that fit those of the inputs, to bfloat16
+    also where it is that itself."""
+    if weight.shape[1] % GROUP:
+        return False
+    if isinstance(weight, GroupedInt):
+        return weight.group == GROUP // 2 or weight.group % GROUP == 0
+    return activations == "bf16" and weight.dtype == "bfloat16"
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -56,9 +65,17 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (codes * (highest / 127.0)).flatten(1)
 
 
+def narrowed(x: torch.Tensor) -> torch.Tensor:
+    """x [T, K] in float32 as bfloat16 has it, what is halfway between two of that rounded upwards in magnitude."""
+    bits = torch.where(x.isnan(), torch.nan, x).view(torch.int32)
+    return ((bits + 0x8000) & ~0xFFFF).view(torch.float32)
+
+
 def linear(x: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
     """x [T, K] times the prepared weight, plus its bias: [T, N]."""
-    if weight.rounds:
+    if weight.activations == "int8":
         x = rounded(x)
+    elif weight.activations == "bf16":
+        x = narrowed(x)
     out = product(pad_last(x), weight.matrix, weight.tiles)[:, : weight.outputs]
     return out if weight.bias is None else out + weight.bias

@@ -45,7 +45,10 @@ def weights(draw) -> Any:
 
 
 @given(
-    parts=st.lists(weights(), max_size=3), bias=st.none() | arrays(), activations=st.sampled_from(["int8", "f32"]), rows=st.integers(0, 12)
+    parts=st.lists(weights(), max_size=3),
+    bias=st.none() | arrays(),
+    activations=st.sampled_from(["int8", "bf16", "f32"]),
+    rows=st.integers(0, 12),
 )
 @settings(max_examples=300)
 def test_any_weights_are_multiplied_with_or_refused(parts, bias, activations, rows):

@@ -66,4 +66,22 @@ struct Blocks {
     }
 };
 
+// The sums [rows][PANEL] of a panel, with their bias, to rows of y that stand `stride` apart. What is past the last output is left out.
+inline void finish(const Linear& w, int64_t panel, const float* sums, int64_t rows, float* y, int64_t stride) {
+    const int64_t n = panel * PANEL, count = w.outputs - n;
+    y += n;
+    if (count < PANEL) [[unlikely]] {
+        for (int64_t r = 0; r < rows; r++, sums += PANEL, y += stride)
+            for (int64_t i = 0; i < count; i++) y[i] = w.bias ? sums[i] + w.bias[n + i] : sums[i];
+        return;
+    }
+    wide::Floats bias[PARTS];
+    for (int part = 0; part < PARTS; part++) bias[part] = w.bias ? wide::load(w.bias + n + part * wide::WIDTH) : wide::all(0.0f);
+    for (int64_t r = 0; r < rows; r++, sums += PANEL, y += stride)
+        for (int part = 0; part < PARTS; part++) {
+            const wide::Floats sum = wide::load(sums + part * wide::WIDTH);
+            wide::store(y + part * wide::WIDTH, w.bias ? sum + bias[part] : sum);
+        }
+}
+
 }  // namespace headrace::HEADRACE_ISA

@@ -236,7 +236,7 @@ struct Product {
         by_heights<TALL>(rows, [&]<int N>(int64_t r) {
             add<N>(Stream<F, UNIT>(blocks, panel, w.group), x + r * stride, steps, sums + r * PANEL);
         });
-        finish(sums, rows, panel, y, width);
+        finish(w, panel, sums, rows, y, width);
     }
 
     // Of up to SIDE panels.
@@ -264,7 +264,7 @@ struct Product {
                     add_unpacked<N>(means, unpacked[p], from + r * stride, count, sums[p] + r * PANEL);
             });
         }
-        for (int64_t p = 0; p < panels; p++) finish(sums[p], rows, panel + p, y, width);
+        for (int64_t p = 0; p < panels; p++) finish(w, panel + p, sums[p], rows, y, width);
     }
 
     static void unpack(Stream<F, UNIT>& from, Unpacked<UNIT>& to) {
@@ -283,15 +283,6 @@ struct Product {
 
     int64_t panels_end() const { return (w.outputs + PANEL - 1) / PANEL; }
 
-    // The sums of a panel, with their bias.
-    void finish(const float* sums, int64_t rows, int64_t panel, float* y, int64_t width) const {
-        const int64_t n = panel * PANEL, count = std::min<int64_t>(PANEL, w.outputs - n);
-        for (int64_t r = 0; r < rows; r++, sums += PANEL, y += width)
-            if (w.bias)
-                for (int64_t i = 0; i < count; i++) y[n + i] = sums[i] + w.bias[n + i];
-            else
-                std::memcpy(y + n, sums, count * sizeof(float));
-    }
 
     // Panels [first, last) of some rows.
     void operator()(const uint8_t* x, int64_t rows, int64_t first, int64_t last, float* y, int64_t width) const {

@@ -50,10 +50,12 @@ Ops with(const char* isa, Ops table, decltype(Ops::linear_int8) linear_int8, dec
 #endif
 
 #ifdef HEADRACE_X86
-// Whether there are tiles for int8, and the system lends a process their registers, for which it must be asked (the kernel's
+// Whether there are tiles for int8 and bfloat16, and the system lends a process their registers, for which it must be asked (the kernel's
 // Documentation/arch/x86/xstate.rst).
 bool may_use_tiles() {
-    if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-int8")) return false;
+    if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-int8") ||
+        !__builtin_cpu_supports("amx-bf16"))
+        return false;
 #ifdef __linux__
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
@@ -71,7 +73,11 @@ std::vector<const Ops*> tables() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    static const Ops amx = with("amx", avx512::ops, amx::linear_int8, amx::probe);
+    static const Ops amx = [] {
+        Ops table = with("amx", avx512::ops, amx::linear_int8, amx::probe);
+        table.linear_bf16 = amx::linear_bf16;
+        return table;
+    }();
     static const Ops avx512vnni = with("avx512vnni", avx512::ops, avx512vnni::linear_int8, avx512vnni::probe);
     static const Ops avxvnni = with("avxvnni", avx2::ops, avxvnni::linear_int8, avxvnni::probe);
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
@@ -133,12 +139,12 @@ class Engine {
         return {static_cast<int>(w.form), static_cast<int>(w.scales), w.offset};
     }
 
-    // Operations on floats, operations on int8, and bytes read a second, of all threads together.
-    std::tuple<double, double, double> probe() {
+    // Operations on floats, on int8, on bfloat16, and bytes read a second, of all threads together.
+    std::tuple<double, double, double, double> probe() {
         nb::gil_scoped_release release;
         const std::vector<uint8_t> bytes(256 << 20, 1);
         const Peaks peaks = ops_->probe(pool_, bytes.data(), bytes.size());
-        return {peaks.float_operations, peaks.int8_operations, peaks.bytes_read};
+        return {peaks.float_operations, peaks.int8_operations, peaks.bf16_operations, peaks.bytes_read};
     }
 
     void pack(const Parts& parts, const Linear& w, Address to) {
@@ -324,9 +330,9 @@ NB_MODULE(_native, m) {
     });
     m.def("number", number);
     nb::class_<Linear>(m, "Linear")
-        .def("__init__", [](Linear* self, int form, int scales, bool minimums, bool quantized, int offset, int64_t outputs, int64_t inputs,
+        .def("__init__", [](Linear* self, int form, int scales, bool minimums, int activations, int offset, int64_t outputs, int64_t inputs,
                             int64_t group, Address panels, Address bias, const Linear* next) {
-            new (self) Linear{static_cast<Form>(form), static_cast<Scales>(scales), minimums, quantized, offset, outputs, inputs, group,
+            new (self) Linear{static_cast<Form>(form), static_cast<Scales>(scales), minimums, static_cast<Activations>(activations), offset, outputs, inputs, group,
                               at<const uint8_t>(panels), floats(bias), next};
         }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
         .def_prop_ro("size", &Linear::size);

@@ -22,6 +22,13 @@ enum class Scales : int { f32 = 0, f16 = 1, levels = 2 };
 
 constexpr int64_t LEVELLED = 256;
 
+// What x is made before it is multiplied:
+//   f32   nothing else
+//   int8  codes, where weights are codes too: `inputs` and `group` are multiples of 32, and only int6 has minimums beside int4. Or int6
+//         without minimums has a `group` of 16.
+//   bf16  bfloat16, where weights are that or codes: `inputs` is a multiple of 32, and so is `group`, or it is 16
+enum class Activations : int { f32 = 0, int8 = 1, bf16 = 2 };
+
 // A weight [N, K] packed into panels, one after the other, from a 64-byte boundary on. N is rounded up to PANEL with zeros.
 //
 // Floats stand as [K][PANEL]. Codes stand in blocks along K, so that one row of x reads a single stream:
@@ -38,9 +45,7 @@ struct Linear {
     Form form;
     Scales scales;
     bool minimums;
-    // x is made int8 first: `inputs` and `group` are multiples of 32, and only int6 has minimums beside int4. Or int6 without minimums
-    // has a `group` of 16.
-    bool quantized;
+    Activations activations;
     int offset;
     int64_t outputs, inputs, group;
     const uint8_t* panels;
@@ -87,6 +92,11 @@ constexpr int64_t QUANTUM = 32;
 constexpr int64_t quantized_step(int64_t unit) { return 4 + 4 * (QUANTUM / unit) + QUANTUM; }
 
 inline int64_t quantized_bytes(const Linear& w) { return w.inputs / QUANTUM * quantized_step(w.unit()); }
+
+// Rows of x as bfloat16, in blocks as tiles take them: [rows / NARROWED][inputs / 32][NARROWED][32], the last block as if it were whole.
+constexpr int64_t NARROWED = 16;
+
+inline int64_t narrowed_bytes(const Linear& w, int64_t rows) { return (rows + NARROWED - 1) / NARROWED * NARROWED * w.inputs * 2; }
 
 // Rows `query_start[r] … query_start[r + 1] - 1` of the batch belong to request r, whose pages stand in row r of `pages`: the K and V of
 // its i-th row at the place of its first row's position, plus i. Without `parents` that is each row's own position.
@@ -137,6 +147,7 @@ struct Choice;
 struct Peaks {
     double float_operations;  // multiplications and additions of float32
     double int8_operations;   // of 4-bit codes and int8, added up
+    double bf16_operations;   // of bfloat16, added up as float32
     double bytes_read;        // from memory
 };
 
@@ -148,6 +159,9 @@ struct Ops {
     void (*linear_int8)(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
     // x [rows, K] to rows of `quantized_bytes` each.
     void (*quantize)(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* quantized);
+    // The same two for bfloat16; x [rows, K] to `narrowed_bytes`.
+    void (*linear_bf16)(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+    void (*narrow)(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* narrowed);
     // y[i] = row ids[i] of the weight, times scale.
     void (*embed)(Pool&, const Linear&, const int32_t* ids, int64_t count, float scale, float* y);
     // q and out [T, Hq, D]. A window of 0 is none.
@@ -190,6 +204,7 @@ Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
 // With tiles on top of those of avx512vnni.
 namespace amx {
 void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+void linear_bf16(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
 Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
 }
 

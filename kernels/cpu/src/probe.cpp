@@ -65,6 +65,21 @@ void multiply_int8() {
     _tile_release();
 }
 
+constexpr int BF16_OPERATIONS = 2 * tiles::ROWS * 16 * 32;
+
+void multiply_bf16() {
+    tiles::Shapes shapes;
+    for (int tile = 0; tile < 6; tile++) shapes.set(tile, 16, 64);
+    tiles::configure(shapes);
+    for (int64_t turns = 0; turns < TURNS; turns++) {
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 5);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_release();
+}
+
 #else
 
 constexpr int INT8_OPERATIONS = 8 * wide::WIDTH;
@@ -93,6 +108,11 @@ Peaks probe(Pool& pool, const uint8_t* bytes, int64_t size) {
     peaks.float_operations = turns * CHAINS * 2 * wide::WIDTH / seconds(pool, [](int64_t) {
         turn(wide::all(0.5f), wide::all(0.25f), [](wide::Floats sum, wide::Floats x, wide::Floats y) { return wide::fma(x, y, sum); });
     });
+#if defined(HEADRACE_AMX)
+    peaks.bf16_operations = turns * INT8_CHAINS * BF16_OPERATIONS / seconds(pool, [](int64_t) { multiply_bf16(); });
+#else
+    peaks.bf16_operations = peaks.float_operations;  // by the same instructions
+#endif
     peaks.int8_operations = turns * INT8_CHAINS * INT8_OPERATIONS / seconds(pool, [](int64_t) { multiply_int8(); });
     const int64_t shares = pool.threads() * SHARES, share = size / shares / 256 * 256;
     peaks.bytes_read = static_cast<double>(shares * share) / seconds(pool, [&](int64_t unit) {

@@ -1,10 +1,12 @@
-// Products of codes with int8 by AMX: matrices in tile registers, of which one instruction multiplies two and adds the product to a third.
+// Products by AMX: matrices in tile registers, of which one instruction multiplies two and adds the product to a third.
 //
-//   x      a tile of up to 16 rows, 4 * FOURS inputs each, as they lie
-//   codes  a tile of FOURS rows, 4 inputs of 16 outputs each, as unpacked
-//   sums   a tile of up to 16 rows, 16 outputs each, exact in 32 bits
+//           of codes with int8                                         of bfloat16
+//   x       a tile of up to 16 rows, 4 * FOURS inputs each             up to 16 rows, 32 inputs each, as they lie
+//   codes   a tile of FOURS rows, 4 inputs of 16 outputs each          pairs: 16 rows, 2 inputs of 16 outputs each, as unpacked
+//   sums    a tile of up to 16 rows, 16 outputs each, exact in 32 bits as float32
 //
-// A group of inputs has a scale of its own, so no tile takes more than one group: half of what the hardware could hold.
+// A group of codes has a scale of its own, so no tile takes more than one group: half of what the hardware could hold, and its product is
+// read back to be scaled. Weights of bfloat16 are scaled before, and their sums stay in tiles for all inputs.
 #pragma once
 
 #if defined(HEADRACE_AMX)
@@ -79,6 +81,64 @@ inline void multiply(const uint8_t* codes, const uint8_t* x, int64_t stride, int
     else
         _tile_dpbsud(0, 1, 2);
     _tile_stored(0, sums, 4 * PANEL);
+    settle();
+}
+
+// The calling thread's tiles while this lives, for products of bfloat16 with up to 32 rows.
+class Paired {
+  public:
+    Paired() = default;
+    Paired(const Paired&) = delete;
+    ~Paired() {
+        if (count) _tile_release();
+    }
+
+    // For this many rows of x, the first 16 of them in tiles of their own.
+    void rows(int wanted) {
+        if (wanted == count) return;
+        count = wanted;
+        const int first = wanted < ROWS ? wanted : ROWS, second = wanted - first;
+        Shapes shapes;
+        for (int tile : {0, 1, 4}) shapes.set(tile, first, 64);
+        if (second)
+            for (int tile : {2, 3, 5}) shapes.set(tile, second, 64);
+        for (int tile : {6, 7}) shapes.set(tile, ROWS, 64);
+        configure(shapes);
+    }
+
+  private:
+    int count = 0;
+};
+
+// Adds the products of N rows of narrowed x, whose blocks are so many bytes apart, with PANELS panels' pairs to sums [N][PANEL] of each. Registers: 0 and 1 sums of the first rows with
+// both panels, 2 and 3 those of the other rows, 4 and 5 x, 6 and 7 pairs.
+template <int N, int PANELS>
+inline void add_pairs(const uint32_t* const* pairs, const uint8_t* x, int64_t block, int64_t inputs, float* const* sums) {
+    constexpr bool MORE = N > ROWS, TWO = PANELS > 1;
+    const uint8_t* others = x + block;
+    settle();
+    _tile_loadd(0, sums[0], 4 * PANEL);
+    if constexpr (TWO) _tile_loadd(1, sums[1], 4 * PANEL);
+    if constexpr (MORE) _tile_loadd(2, sums[0] + ROWS * PANEL, 4 * PANEL);
+    if constexpr (MORE && TWO) _tile_loadd(3, sums[1] + ROWS * PANEL, 4 * PANEL);
+    for (int64_t k = 0; k < inputs; k += 32) {
+        _tile_loadd(4, x + 32 * k, 64);
+        _tile_loadd(6, pairs[0] + k / 2 * PANEL, 4 * PANEL);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (TWO) {
+            _tile_loadd(7, pairs[1] + k / 2 * PANEL, 4 * PANEL);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (MORE) {
+            _tile_loadd(5, others + 32 * k, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if constexpr (TWO) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], 4 * PANEL);
+    if constexpr (TWO) _tile_stored(1, sums[1], 4 * PANEL);
+    if constexpr (MORE) _tile_stored(2, sums[0] + ROWS * PANEL, 4 * PANEL);
+    if constexpr (MORE && TWO) _tile_stored(3, sums[1] + ROWS * PANEL, 4 * PANEL);
     settle();
 }
 

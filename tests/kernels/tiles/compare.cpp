@@ -12,13 +12,33 @@ namespace headrace {
 namespace portable {
 void quantize(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* quantized);
 void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+void narrow(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* narrowed);
+void linear_bf16(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
 }
 namespace amx {
 void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+void linear_bf16(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
 }
 }
 
 using namespace headrace;
+
+namespace {
+
+constexpr int64_t OUTPUTS = 40;
+Pool pool(2);
+
+bool equal(const Linear& w, const std::vector<float>& x, int64_t rows) {
+    const bool narrowed = w.activations == Activations::bf16;
+    std::vector<float> expected(rows * OUTPUTS), got(rows * OUTPUTS);
+    std::vector<uint8_t> made(narrowed ? narrowed_bytes(w, rows) : rows * quantized_bytes(w));
+    (narrowed ? portable::narrow : portable::quantize)(pool, w, x.data(), rows, made.data());
+    (narrowed ? portable::linear_bf16 : portable::linear_int8)(pool, w, made.data(), rows, expected.data(), OUTPUTS);
+    (narrowed ? amx::linear_bf16 : amx::linear_int8)(pool, w, made.data(), rows, got.data(), OUTPUTS);
+    return std::memcmp(expected.data(), got.data(), expected.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
 
 int main() {
     std::mt19937 random(7);
@@ -31,11 +51,10 @@ int main() {
     };
     const Kind kinds[] = {{Form::int4, true, 32, 0}, {Form::int4, false, 32, 8},  {Form::int8, false, 32, 0}, {Form::int8, false, 96, 0},
                           {Form::int6, false, 16, 32}, {Form::int6, true, 32, 0}, {Form::int6, false, 32, 16}};
-    Pool pool(2);
     int compared = 0;
     for (const Kind& kind : kinds)
         for (int64_t inputs : {96, 1536}) {
-            Linear w{kind.form, Scales::f32, kind.minimums, true, kind.offset, 40, inputs, kind.group, nullptr, nullptr, nullptr};
+            Linear w{kind.form, Scales::f32, kind.minimums, Activations::f32, kind.offset, OUTPUTS, inputs, kind.group, nullptr, nullptr, nullptr};
             std::vector<float> room(w.size() / 4 + 16);
             uint8_t* panels = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
             for (int64_t at = 0; at < w.size(); at += w.block()) {
@@ -47,17 +66,17 @@ int main() {
             }
             w.panels = panels;
             for (int64_t rows : {1, 8, 9, 15, 16, 17, 31, 33, 100, 200}) {
-                std::vector<float> x(rows * inputs), expected(rows * 40), got(rows * 40);
+                std::vector<float> x(rows * inputs);
                 for (float& one : x) one = normal(random);
-                std::vector<uint8_t> quantized(rows * quantized_bytes(w));
-                portable::quantize(pool, w, x.data(), rows, quantized.data());
-                portable::linear_int8(pool, w, quantized.data(), rows, expected.data(), 40);
-                amx::linear_int8(pool, w, quantized.data(), rows, got.data(), 40);
-                if (std::memcmp(expected.data(), got.data(), expected.size() * sizeof(float)) != 0) {
-                    std::printf("form %d, %ld inputs, %ld rows: not equal\n", static_cast<int>(kind.form), static_cast<long>(inputs), static_cast<long>(rows));
-                    return 1;
+                for (Activations activations : {Activations::int8, Activations::bf16}) {
+                    w.activations = activations;
+                    if (!equal(w, x, rows)) {
+                        std::printf("form %d by activations %d, %ld inputs, %ld rows: not equal\n", static_cast<int>(kind.form),
+                                    static_cast<int>(activations), static_cast<long>(inputs), static_cast<long>(rows));
+                        return 1;
+                    }
+                    compared++;
                 }
-                compared++;
             }
         }
     std::printf("%d products are equal\n", compared);

@@ -75,6 +75,30 @@ void multiply(int sums, int a, int b) {
         }
 }
 
+inline float upper(const uint8_t* word) {
+    uint32_t bits = static_cast<uint32_t>(word[1]) << 24 | static_cast<uint32_t>(word[0]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Of bfloat16. Numbers that are too small are 0 only where the caller has asked its own arithmetic for that.
+inline void multiply_pairs(int sums, int a, int b) {
+    Tile &c = at(sums), &x = at(a), &y = at(b);
+    demand(c.rows == x.rows && c.bytes == y.bytes && x.bytes == 4 * y.rows, "tiles of shapes that fit");
+    for (int m = 0; m < c.rows; m++)
+        for (int n = 0; n < c.bytes / 4; n++) {
+            float sum, even = 0, odd = 0;
+            std::memcpy(&sum, c.data[m] + 4 * n, sizeof sum);
+            for (int k = 0; k < y.rows; k++) {
+                even = __builtin_fmaf(upper(x.data[m] + 4 * k), upper(y.data[k] + 4 * n), even);
+                odd = __builtin_fmaf(upper(x.data[m] + 4 * k + 2), upper(y.data[k] + 4 * n + 2), odd);
+            }
+            sum += even + odd;
+            std::memcpy(c.data[m] + 4 * n, &sum, sizeof sum);
+        }
+}
+
 }  // namespace emulated
 
 #undef _tile_loadconfig
@@ -84,6 +108,7 @@ void multiply(int sums, int a, int b) {
 #undef _tile_stored
 #undef _tile_dpbssd
 #undef _tile_dpbsud
+#undef _tile_dpbf16ps
 #define _tile_loadconfig(from) emulated::configure(from)
 #define _tile_release() emulated::release()
 #define _tile_zero(tile) emulated::zero(tile)
@@ -91,3 +116,4 @@ void multiply(int sums, int a, int b) {
 #define _tile_stored(tile, to, stride) emulated::store(tile, to, stride)
 #define _tile_dpbssd(sums, a, b) emulated::multiply<int8_t>(sums, a, b)
 #define _tile_dpbsud(sums, a, b) emulated::multiply<uint8_t>(sums, a, b)
+#define _tile_dpbf16ps(sums, a, b) emulated::multiply_pairs(sums, a, b)
