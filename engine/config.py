@@ -34,6 +34,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             "KEY",
         ),
     ] = None
+    admin_key: Annotated[
+        str | None, _about("API key for /admin/drain, /admin/resume and /admin/reload; without it nobody may ask for these", "KEY")
+    ] = None
     threads: Annotated[Count | None, _about("compute threads of a worker; one a physical core without it")] = None
     kernels: Annotated[
         Literal["auto", "reference", "cpu", "triton"],

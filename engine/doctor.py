@@ -24,7 +24,7 @@ from headrace.engine.checkpoint.resolve import resolve
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
 from headrace.engine.machine import Machine, Pressure, read_machine, read_pressure
-from headrace.engine.settings import load
+from headrace.engine.settings import SECRETS, load
 from headrace.engine.sizes import show_size
 
 LOOK_S = 0.3
@@ -119,7 +119,7 @@ def examine(environ: Mapping[str, str]) -> Report:
         model = find_model(config or Config())
     except UserError as error:
         model_error = str(error)
-    shown = config and msgspec.structs.replace(config, api_key="(set)" if config.api_key else None)
+    shown = config and msgspec.structs.replace(config, **{name: "(set)" for name in SECRETS if getattr(config, name)})
     report = Report(
         version=metadata.version("headrace"),
         python=platform.python_version(),

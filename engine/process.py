@@ -97,6 +97,11 @@ class _WithLifecycle:
             self._actor.receive(message)
 
 
+def read_spec(run_dir: Path) -> EngineSpec:
+    """The birth file as it is now."""
+    return msgspec.msgpack.decode((run_dir / BIRTH_FILE).read_bytes(), type=EngineSpec)
+
+
 def die_with_parent(death_fd: int, run_dir: Path) -> None:
     """End this process at once when the other end of the pipe is closed, and take `run_dir` along, which is nobody's then."""
 
@@ -113,7 +118,7 @@ def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
     """Run the child: `union` is what its mailbox accepts beside `ToChild`; `Probe` is answered here, the actor gets the rest."""
     run_dir, name, incarnation, death_fd = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     die_with_parent(death_fd, run_dir)
-    spec = msgspec.msgpack.decode((run_dir / BIRTH_FILE).read_bytes(), type=EngineSpec)
+    spec = read_spec(run_dir)
     logging.basicConfig(level=spec.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr)
     process = Process(run_dir, name, incarnation, spec)
     try:

@@ -22,6 +22,8 @@ from headrace.engine.errors import UserError
 from headrace.engine.sizes import parse_size
 
 PREFIX = "HEADRACE_"
+SECRETS = ("api_key", "admin_key")
+"""Settings whose values are never shown."""
 FILE_VARIABLE = "HEADRACE_CONFIG"
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -142,7 +144,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _shown(setting: Setting, value: object) -> str:
     """A value in an error message."""
-    if setting.name == "api_key":
+    if setting.name in SECRETS:
         return "(hidden)"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else text[:79] + "…"

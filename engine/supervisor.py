@@ -8,7 +8,8 @@ A child can also hang: stopped from outside, or stuck in a call. So each is aske
 for how long it has waited for a step. Who owes an answer for too long is killed, and what follows is the same as after any death.
 
     starting ─▶ ready ◀─▶ recovering
-                  └──▶ draining ─▶ stopped
+                 │ └──▶ draining ─▶ stopped, or drained until told to resume
+                 └◀───▶ reloading: servers hold back what is new until all other children serve another model
 
 It never touches a request. SIGINT ends everything at once; SIGTERM drains first; when the supervisor itself dies, the death pipe
 (see `engine.process`) takes every child along.
@@ -35,8 +36,12 @@ import zmq
 
 from headrace.engine.actor import Mailbox, Post, endpoint
 from headrace.engine.checkpoint.card import ModelFiles
+from headrace.engine.checkpoint.resolve import resolve
 from headrace.engine.config import Config
+from headrace.engine.errors import UserError
 from headrace.engine.messages.lifecycle import (
+    Answered,
+    Ask,
     ChildStatus,
     Drain,
     Drained,
@@ -44,10 +49,12 @@ from headrace.engine.messages.lifecycle import (
     Fatal,
     FromChild,
     GetStatus,
+    NewModel,
     PeerDied,
     Probe,
     Progress,
     Restart,
+    Resume,
     Series,
     Snapshot,
     Started,
@@ -148,6 +155,12 @@ class Supervisor:
         self._calls = 0
         self._state = "starting"
         self._undrained: set[str] = set()
+        self._all_drained = asyncio.Event()
+        self._leaving = False
+        """Whether the end follows once all is drained."""
+        self._reload: asyncio.Task | None = None
+        self._changing: asyncio.Future[str] | None = None
+        """While the children start with another model: why they cannot, or nothing once all are ready."""
         self._all_dead = asyncio.Event()
         self._done: asyncio.Future[int] | None = None
         """The exit status, once the engine is to end."""
@@ -182,15 +195,22 @@ class Supervisor:
             case Started():
                 self._started(message)
             case Fatal():
-                self._fail(message.message)
+                if not self._changed(message.message):
+                    self._fail(message.message)
             case Snapshot():
                 self._collect(message)
             case GetStatus():
                 self._ask_children(message)
             case Drained():
                 self._undrained.discard(message.child)
-                if self._state == "draining" and not self._undrained:
-                    self._end(0)
+                if not self._undrained:
+                    self._all_drained.set()
+                    if self._leaving:
+                        self._end(0)
+                    elif self._state == "draining":
+                        self._turn("drained")
+            case Ask():
+                self._administer(message)
             case Restart():
                 for name in message.names:
                     if child := self._children.get(name):
@@ -223,12 +243,20 @@ class Supervisor:
         child.detail = message.detail
         if child.restarts:
             log.warning("%s is back after %.2f s", child.spec.name, time.monotonic() - child.born)
-        if self._state in ("starting", "recovering") and all(child.state == "ready" for child in self._children.values()):
+        if self._all_ready and self._state in ("starting", "recovering"):
             if self._state == "starting":
                 self._keep_port(self._address())
             self._turn("ready")
         elif message.child in self._servers:
             self._tell_state(message.child)
+        if self._state in ("draining", "drained") and message.child in self._drainable:
+            self._post.send(message.child, Drain())
+        if self._all_ready:
+            self._changed("")
+
+    @property
+    def _all_ready(self) -> bool:
+        return all(child.state == "ready" for child in self._children.values())
 
     def _write_spec(self) -> None:
         """For the children that are started from now on."""
@@ -264,8 +292,11 @@ class Supervisor:
         if child.doomed:
             child.doomed = False
             self._start(child)
+        elif (changing := self._changing) and name not in self._servers:
+            # What it said, if anything, is on its way.
+            why = f"{name} ended {how} before it was ready; its own messages are in the log"
+            loop.call_later(FATAL_GRACE, lambda: changing.done() or changing.set_result(why))
         elif status == EXIT_FATAL:
-            # What it said is on its way.
             loop.call_later(FATAL_GRACE, self._end, 1)
         elif self._state == "starting":
             self._fail(f"{name} ended {how} before it was ready; its own messages stand above")
@@ -359,14 +390,125 @@ class Supervisor:
 
     def _drain(self) -> None:
         """SIGTERM: finish what runs, up to a limit. A second one ends at once."""
-        if self._state in ("draining", "starting"):
+        if self._leaving or self._changing or self._state in ("starting", "drained"):
             self._end(0)
             return
-        self._turn("draining")
-        self._undrained = {SCHEDULER, *self._servers}
-        for name in self._undrained:
-            self._post.send(name, Drain())
+        self._leaving = True
+        self._close_doors()
         asyncio.get_running_loop().call_later(self._config.drain_timeout, self._end, 0)
+
+    @property
+    def _drainable(self) -> set[str]:
+        return {SCHEDULER, *self._servers}
+
+    def _close_doors(self) -> None:
+        self._turn("draining")
+        self._ask_to_drain(self._drainable)
+
+    def _ask_to_drain(self, names: set[str]) -> None:
+        self._undrained = set(names)
+        for name in names:
+            self._post.send(name, Drain())
+
+    # What operators ask for
+
+    def _administer(self, ask: Ask) -> None:
+        """Do what an operator asks for, or say why not."""
+        if self._reload or self._leaving or self._state == "starting":
+            self._answer_operator(ask, 409, f"the engine is {self._state}: ask again when it is ready")
+        elif ask.what == "drain":
+            if self._state not in ("draining", "drained"):
+                self._close_doors()
+            self._answer_operator(ask, 202)
+        elif ask.what == "resume":
+            if self._state in ("draining", "drained"):
+                self._post.send(SCHEDULER, Resume())
+                self._turn("ready" if self._all_ready else "recovering")
+            self._answer_operator(ask, 200)
+        elif self._state != "ready":
+            self._answer_operator(ask, 409, f"the engine is {self._state}: it can load another model when it is ready")
+        else:
+            self._reload = asyncio.get_running_loop().create_task(self._load(ask))
+
+    def _answer_operator(self, ask: Ask, status: int, message: str = "") -> None:
+        self._post.send(ask.reply_to, Answered(ask.call, status, self._state, message, self._spec.model.name))
+
+    async def _load(self, ask: Ask) -> None:
+        """Serve another model, or the same from files that have changed. If that fails the present one goes on."""
+        config = self._spec.config
+        if ask.model is not None:
+            config = msgspec.structs.replace(config, model=ask.model, revision=ask.revision)
+        try:
+            status, message = await self._exchange(config)
+        except Exception as error:
+            log.exception("loading another model failed")
+            status, message = 500, f"{type(error).__name__}: {error}"
+        self._reload = None
+        if self._state == "reloading":
+            self._turn("ready" if self._all_ready else "recovering")
+        self._answer_operator(ask, status, message)
+
+    async def _exchange(self, config: Config) -> tuple[int, str]:
+        """An HTTP status, and why it was not done."""
+        try:
+            model = await asyncio.to_thread(resolve, config)
+        except UserError as error:
+            return 400, str(error)
+        if self._state != "ready":
+            return 409, f"the engine is {self._state}: it can load another model when it is ready"
+        # Servers first, which hold back what is new; then the scheduler, which has other clients too.
+        self._undrained = set(self._servers)
+        self._all_drained.clear()
+        self._turn("reloading")
+        limit = asyncio.get_running_loop().time() + self._config.drain_timeout
+        try:
+            async with asyncio.timeout_at(limit):
+                await self._all_drained.wait()
+                self._all_drained.clear()
+                self._ask_to_drain({SCHEDULER})
+                await self._all_drained.wait()
+        except TimeoutError:
+            self._post.send(SCHEDULER, Resume())
+            return 504, f"requests were still running after {self._config.drain_timeout:g} s (--drain-timeout): the model stays"
+        if self._state != "reloading":
+            return 409, f"the engine is {self._state}: the model stays"
+        before = self._spec
+        if not (failure := await self._start_with(EngineSpec(config, model))):
+            log.info("serving %s now", model.name)
+            return 200, ""
+        log.error("%s cannot be served (%s): going back to %s", model.name, failure, before.model.name)
+        if worse := await self._start_with(before):
+            self._fail(worse)
+        return 422, failure
+
+    async def _start_with(self, spec: EngineSpec) -> str:
+        """Start all children but the servers anew with `spec`: why that fails, or nothing."""
+        self._spec = spec
+        self._write_spec()
+        changing = self._changing = asyncio.get_running_loop().create_future()
+        for child in self._children.values():
+            if child.spec.name in self._servers:
+                continue
+            child.restarts -= 1  # This is none.
+            if child.process:
+                child.doomed, child.state = True, "restarting"
+                child.process.kill()
+            else:
+                self._start(child)
+        failure = await changing
+        self._changing = None
+        if not failure:
+            for name in self._servers:
+                self._post.send(name, NewModel())
+        return failure
+
+    def _changed(self, failure: str) -> bool:
+        """The children have started with another model, or one cannot. False where no such change is under way."""
+        if self._changing is None:
+            return False
+        if not self._changing.done():
+            self._changing.set_result(failure)
+        return True
 
     def _end(self, status: int) -> None:
         if self._done is not None and not self._done.done():

@@ -9,6 +9,8 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from headrace.engine.config import Config
+from headrace.server.admin import AdminRoutes
 from headrace.server.exposition import render
 from headrace.server.meters import RequestMeters
 from headrace.server.openai.errors import Refusal
@@ -22,6 +24,7 @@ LARGEST_BODY = 8 << 20
 
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 _RESUMING = "/v1/streams/"
+_ADMIN = "/admin/"
 _UNKEYED = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
 
 _GREETING = """headrace {version}, serving {model}
@@ -29,22 +32,31 @@ _GREETING = """headrace {version}, serving {model}
   POST /v1/chat/completions   POST /v1/completions   GET /v1/models
   POST /tokenize              POST /detokenize          GET /v1/streams/{{id}}
   GET  /health                GET  /health/live      GET /health/ready      GET /metrics
+  POST /admin/drain           POST /admin/resume     POST /admin/reload
 """
 
 
-def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, model_name: str, api_key: str | None) -> web.Application:
-    """The application. With `api_key`, everything but the greeting, health and metrics needs one of the keys in it."""
-    keys = {key.strip(): _tenant(key.strip()) for key in (api_key or "").split(",")}
+def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, config: Config) -> web.Application:
+    """The application. With `api_key`, everything but the greeting, health and metrics needs one of the keys in it; what is for operators
+    needs `admin_key`, and is closed without one."""
+    keys = {key.strip(): _tenant(key.strip()) for key in (config.api_key or "").split(",")}
     keys.pop("", None)
+    operators = {config.admin_key: "operator"} if config.admin_key else {}
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if keys and request.path not in _UNKEYED:
+            if request.path.startswith(_ADMIN):
+                if not operators:
+                    raise Refusal("the engine was started without --admin-key: nobody may ask for this", status=403, code="no_admin_key")
+                _check_key(request, operators)
+            elif keys and request.path not in _UNKEYED:
                 request[TENANT] = _check_key(request, keys)
             if request.path.startswith(_RESUMING) or (request.path in _GENERATING and request.method == "POST"):
-                view.check_open()
-            response = await handler(request)
+                async with view.entered():
+                    response = await handler(request)
+            else:
+                response = await handler(request)
         except Refusal as refusal:
             response = refusal.response()
         except web.HTTPException as error:
@@ -80,10 +92,11 @@ def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, mode
         return web.Response(text=render(status.series), content_type="text/plain", charset="utf-8")
 
     async def greet(request: web.Request) -> web.Response:
-        return web.Response(text=_GREETING.format(version=engine_version(), model=model_name))
+        return web.Response(text=_GREETING.format(version=engine_version(), model=openai.served.name))
 
     app = web.Application(middlewares=[guard], client_max_size=LARGEST_BODY)
     app.add_routes(openai.routes())
+    app.add_routes(AdminRoutes(view).routes())
     app.add_routes(
         [
             web.get("/", greet),

@@ -10,10 +10,10 @@ from aiohttp import web
 
 from headrace.client.direct import DirectClient
 from headrace.engine.errors import UserError
-from headrace.engine.messages.lifecycle import Drain, Drained, EngineState, PeerDied, ToServer
+from headrace.engine.messages.lifecycle import Answered, Drain, Drained, EngineState, NewModel, PeerDied, Status, ToServer
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, main, read_spec
 from headrace.server.app import make_app
 from headrace.server.meters import RequestMeters
 from headrace.server.openai.routes import OpenAIRoutes
@@ -34,8 +34,8 @@ class Server:
         self._view = EngineView(process)
         self._client = DirectClient(process.run_dir, tokenizer_names(process.config))
         meters = RequestMeters(process.metrics)
-        openai = OpenAIRoutes(self._client, process.config, process.model, meters)
-        app = make_app(openai, self._view, meters, process.model.name, process.config.api_key)
+        self._openai = OpenAIRoutes(self._client, process.config, process.model, meters)
+        app = make_app(self._openai, self._view, meters, process.config)
         app.middlewares.insert(0, self._count)
         self._runner = web.AppRunner(
             app,
@@ -68,16 +68,18 @@ class Server:
     def receive(self, message: Message) -> None:
         match message:
             case EngineState():
-                self._view.state = message.state
+                self._view.turn(message.state)
+            case NewModel():
+                self._openai.serve(read_spec(self._process.run_dir).model)
             case PeerDied():
                 self._process.post.forget(message.name)
                 if message.name in tokenizer_names(self._process.config):
                     self._client.tokenizer_died(message.name)
             case Drain():
-                self._view.state = "draining"
+                self._view.turn("draining")
                 asyncio.get_running_loop().create_task(self._drain())
-            case _:
-                self._view.answered(message)  # type: ignore[arg-type]
+            case Status() | Answered():
+                self._view.answered(message)
 
     def settle(self) -> None:
         """Nothing waits for the end of a burst."""

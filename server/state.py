@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from headrace.engine.messages.lifecycle import GetStatus, Status
+from headrace.engine.messages.lifecycle import Answered, Ask, Drained, GetStatus, Status
 from headrace.engine.messages.openai.responses import Health, ProcessHealth
 from headrace.engine.names import SUPERVISOR
 from headrace.engine.process import Process
@@ -21,16 +23,59 @@ class EngineView:
 
     def __init__(self, process: Process) -> None:
         self.state = "starting"
+        self._turned = asyncio.Event()
+        """Set, and another one, with every change of the state."""
+        self._inside = self._held = 0
+        """Requests in the engine, and before its door."""
         self._process = process
         self._calls = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Status]] = {}
+        self._waiting: dict[int, asyncio.Future] = {}
 
-    def check_open(self) -> None:
-        """Raise `Refusal` when no new request may come in. While a process recovers, requests wait in its queue."""
+    def turn(self, state: str) -> None:
+        """The engine's state is another."""
+        self.state = state
+        self._turned.set()
+        self._turned = asyncio.Event()
+        self._say_if_empty()
+
+    @asynccontextmanager
+    async def entered(self) -> AsyncIterator[None]:
+        """For the time of a request in the engine. While another model is loaded, requests wait here; while a process recovers, in its
+        queue. Raises `Refusal` when no new request may come in."""
+        while self.state == "reloading":
+            if self._held >= self._process.config.max_waiting:
+                message = f"another model is being loaded, and {self._held} requests wait for it already: try again in a moment"
+                raise Refusal(message, status=429, code="overloaded")
+            self._held += 1
+            try:
+                await self._turned.wait()
+            finally:
+                self._held -= 1
         if self.state == "starting":
             raise Refusal("the engine is starting: try again in a moment", status=503, code="starting", retry_after=1)
-        if self.state == "draining":
-            raise Refusal("the server is shutting down and takes no new requests", status=503, code="draining", retry_after=5)
+        if self.state in ("draining", "drained"):
+            raise Refusal("the engine is draining and takes no new requests", status=503, code="draining", retry_after=5)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._say_if_empty()
+
+    def _say_if_empty(self) -> None:
+        """The model can be exchanged once nothing of it is in use."""
+        if self.state == "reloading" and not self._inside:
+            self._process.send(SUPERVISOR, Drained(self._process.name))
+
+    async def administer(self, what: str, model: str | None = None, revision: str | None = None) -> Answered:
+        """Have the supervisor do what an operator asks for; it takes as long as it takes."""
+        call = next(self._calls)
+        future = self._waiting[call] = asyncio.get_running_loop().create_future()
+        try:
+            self._process.send(SUPERVISOR, Ask(call, self._process.name, what, model, revision))
+            return await future
+        finally:
+            del self._waiting[call]
 
     async def status(self) -> Status | None:
         """The supervisor's status, or None when it does not answer."""
@@ -44,10 +89,10 @@ class EngineView:
         finally:
             del self._waiting[call]
 
-    def answered(self, status: Status) -> None:
-        future = self._waiting.get(status.call)
+    def answered(self, answer: Status | Answered) -> None:
+        future = self._waiting.get(answer.call)
         if future and not future.done():
-            future.set_result(status)
+            future.set_result(answer)
 
 
 def health_of(status: Status | None) -> Health:

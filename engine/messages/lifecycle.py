@@ -1,8 +1,10 @@
-"""Between the supervisor and its children: birth, readiness, health, metrics, drain, death.
+"""Between the supervisor and its children: birth, readiness, health, metrics, drain, another model, death.
 
-supervisor ── Drain, Probe, Stop ──▶ child
-supervisor ◀─ Started, Snapshot, Drained, Warning ── child
+supervisor ── Drain, Resume, Probe, PeerDied ──▶ child         ── EngineState, NewModel, Status, Answered ──▶ server
+supervisor ◀─ Started, Snapshot, Drained, Fatal ── child       ◀─ GetStatus, Ask ── server
 """
+
+from typing import Literal
 
 from headrace.engine.messages.wire import Message
 
@@ -78,10 +80,40 @@ class Drain(Message):
     """Refuse what is new, finish what runs."""
 
 
+class Resume(Message):
+    """Take again what is new."""
+
+
 class Drained(Message):
-    """Nothing is running and nothing waits."""
+    """Nothing is running and nothing waits. A server also says so when nothing runs while it holds back what is new."""
 
     child: str
+
+
+class Ask(Message):
+    """An operator's wish, handed on by a server; answered by `Answered` to `reply_to`."""
+
+    call: int
+    reply_to: str
+    what: Literal["drain", "resume", "reload"]
+    model: str | None = None
+    """To reload: as the setting `model`, or None for the present one, read anew."""
+    revision: str | None = None
+
+
+class Answered(Message):
+    """What became of an `Ask`: an HTTP status, the engine's state, and why where it was not done."""
+
+    call: int
+    status: int
+    state: str
+    message: str = ""
+    model: str = ""
+    """The name of the model that is served."""
+
+
+class NewModel(Message):
+    """Told to every server: the birth file names another model, which is served from now on."""
 
 
 class PeerDied(Message):
@@ -111,7 +143,7 @@ class ChildStatus(Message):
 class Status(Message):
     call: int
     state: str
-    """"starting", "ready", "recovering" or "draining"."""
+    """"starting", "ready", "recovering", "reloading", "draining" or "drained"."""
     children: list[ChildStatus]
     series: list[Series]
     progress: Progress | None
@@ -123,7 +155,7 @@ class EngineState(Message):
     state: str
 
 
-FromChild = Started | Fatal | Restart | Snapshot | Drained | GetStatus
-ToChild = Probe | Drain | PeerDied
-ToServer = Status | EngineState
+FromChild = Started | Fatal | Restart | Snapshot | Drained | GetStatus | Ask
+ToChild = Probe | Drain | Resume | PeerDied
+ToServer = Status | EngineState | Answered | NewModel
 """Beside `ToChild`, which every child takes."""

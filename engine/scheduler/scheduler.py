@@ -18,7 +18,7 @@ from bisect import insort
 
 from headrace.engine.ledger.ledger import Ended, Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
-from headrace.engine.messages.lifecycle import Drain, Drained, PeerDied, Progress, Restart
+from headrace.engine.messages.lifecycle import Drain, Drained, PeerDied, Progress, Restart, Resume
 from headrace.engine.messages.steps import Begin, FromWorker, Hello, Plan, StepResult, WorkerUp
 from headrace.engine.messages.tokens import Cancel, Refused, SchedulerUp, Submit, TokenEnd, Tokens, ToScheduler
 from headrace.engine.messages.wire import Message
@@ -105,7 +105,9 @@ class Scheduler:
                     self._implicate(message.by_itself)
                     self._leave_epoch()
             case Drain():
-                self._draining = True
+                self._draining, self._drained = True, False
+            case Resume():
+                self._draining = False
 
     def settle(self) -> None:
         epoch = self._epoch
@@ -150,7 +152,7 @@ class Scheduler:
             self._tell_again(known, submit)
             return
         if self._draining:
-            self._refuse(submit, 503, "draining", "the server is shutting down and takes no new requests: try again in a moment", 5.0)
+            self._refuse(submit, 503, "draining", "the engine is draining and takes no new requests: try again in a moment", 5.0)
             return
         if not submit.emitted and (full := self._too_much(submit)):
             wait = self._time_to_drain()

@@ -116,9 +116,13 @@ class OpenAIRoutes:
         self._client = client
         self._most_choices = config.max_running + config.max_waiting
         self._timeout = config.request_timeout
-        self._model = model
         self._meters = meters
         self._fingerprint = f"headrace-{engine_version()}"
+        self.serve(model)
+
+    def serve(self, model: ModelFiles) -> None:
+        """From now on this model answers."""
+        self.served = model
         self._created = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -242,7 +246,7 @@ class OpenAIRoutes:
                 "id": name,
                 "object": "text_completion" if not chat else "chat.completion.chunk" if body.stream else "chat.completion",
                 "created": int(time.time()),
-                "model": self._model.name,
+                "model": self.served.name,
                 "system_fingerprint": self._fingerprint,
             },
             chat=chat,
@@ -309,12 +313,12 @@ class OpenAIRoutes:
                 self._client.abort(ids)
 
     def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model.name:
-            message = f"the model {name[:200]!r} does not exist: this server serves {self._model.name!r}"
+        if name is not None and name != self.served.name:
+            message = f"the model {name[:200]!r} does not exist: this server serves {self.served.name!r}"
             raise Refusal(message, "model", 404, "model_not_found")
 
     def _card(self) -> responses.Model:
-        return responses.Model(self._model.name, self._created, max_model_len=self._model.context)
+        return responses.Model(self.served.name, self._created, max_model_len=self.served.context)
 
 
 async def _body(request: web.Request) -> bytes:
