@@ -87,7 +87,7 @@ class TokenizerActor:
         """Requests with something for the next `Text`."""
         self._orphans: list[tuple[bytes, End]] = []
         """Last words on requests that were never submitted."""
-        self._shelf = Shelf()
+        self._shelf = Shelf(process.run_dir)
         self._threads = ThreadPoolExecutor(2, "encode")
         self._loop = asyncio.get_running_loop()
         self._meters = Meters(process)

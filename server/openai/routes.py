@@ -195,7 +195,10 @@ class OpenAIRoutes:
                 kept = await self._client.recall(name, tenant)
         except TimeoutError:
             raise Refusal("the tokenizers do not answer: try again in a moment", status=503, code="unavailable", retry_after=1) from None
-        by_choice = {one.generate.first_choice: one for one in kept}
+        # Of one that several tokenizers had a part in, what is known furthest.
+        by_choice = {
+            one.generate.first_choice: one for one in sorted(kept, key=lambda one: (one.end is not None, len(one.generate.emitted[0])))
+        }
         outline = msgspec.json.decode(kept[0].generate.notes, type=Outline) if kept else None
         if outline is None or len(by_choice) != outline.choices:
             message = f"no stream {name[:80]!r} is known, or not any more: streams are kept for a minute after they break or end"

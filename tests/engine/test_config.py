@@ -62,7 +62,8 @@ def test_every_setting_has_a_flag_a_variable_and_a_key():
 @pytest.mark.parametrize("source", ["flags", "environ"])
 def test_every_setting_can_be_given_as_text(source):
     values = {
-        "model": "m.gguf", "revision": "main", "served_model_name": "x", "host": "::1", "port": "0", "api_key": "k", "admin_key": "a", "threads": "3",
+        "model": "m.gguf", "revision": "main", "served_model_name": "x", "host": "::1", "port": "0", "api_key": "k", "threads": "3",
+        "admin_key": "a",
         "kernels": "reference", "activations": "f32", "max_context": "4096", "page_size": "32", "kv_memory": "2GiB",
         "kv_dtype": "f32", "prefix_cache": "no", "draft": "ngram",
         "max_running": "8", "max_step_tokens": "64", "max_waiting": "1", "tokenizers": "2", "tensor_parallel": "1", "drain_timeout": "0.5",
@@ -70,7 +71,8 @@ def test_every_setting_can_be_given_as_text(source):
         "max_restarts": "0", "request_log": "-",
     }  # fmt: skip
     expected = Config(
-        model="m.gguf", revision="main", served_model_name="x", host="::1", port=0, api_key="k", admin_key="a", threads=3, kernels="reference",
+        model="m.gguf", revision="main", served_model_name="x", host="::1", port=0, api_key="k", threads=3, kernels="reference",
+        admin_key="a",
         activations="f32", max_context=4096, page_size=32, kv_memory="2GiB", kv_dtype="f32",
         prefix_cache=False, draft="ngram", max_running=8, max_step_tokens=64,
         max_waiting=1, tokenizers=2, tensor_parallel=1, drain_timeout=0.5, log_level="debug",
