@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,12 +36,12 @@ import zmq
 from headrace.engine.actor import Mailbox, Post, endpoint
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.checkpoint.resolve import resolve
+from headrace.engine.children import WORKERS, Census, Child, ChildSpec, engine_children
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
 from headrace.engine.messages.lifecycle import (
     Answered,
     Ask,
-    ChildStatus,
     Drain,
     Drained,
     EngineState,
@@ -52,16 +51,14 @@ from headrace.engine.messages.lifecycle import (
     NewModel,
     PeerDied,
     Probe,
-    Progress,
     Restart,
     Resume,
-    Series,
     Snapshot,
     Started,
-    Status,
 )
 from headrace.engine.messages.wire import Message
-from headrace.engine.names import SCHEDULER, SUPERVISOR, server_names, tokenizer_names, worker_names
+from headrace.engine.metrics import Metrics
+from headrace.engine.names import SCHEDULER, SUPERVISOR, server_names
 from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec
 
 log = logging.getLogger(__name__)
@@ -81,60 +78,8 @@ STOP_GRACE = 1.0
 FATAL_GRACE = 0.5
 """Seconds to wait for the message of a child that ended with EXIT_FATAL."""
 
-WORKERS = "workers"
-"""The group of the worker ranks."""
-
 OPENING = 0
 """The call by which a server shows that it has read the engine's state before it."""
-
-PROBE_GRACE = 1.0
-"""Seconds after which a status is answered without the children that did not."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChildSpec:
-    name: str
-    module: str
-    group: str
-    """Children of one group are started again together: ranks that lost one of theirs wait in a collective for ever."""
-
-
-class Child:
-    """One child process: its spec and its present life."""
-
-    def __init__(self, spec: ChildSpec) -> None:
-        self.spec = spec
-        self.process: subprocess.Popen | None = None
-        self.pidfd = -1
-        self.state = "starting"
-        self.restarts = -1
-        self.hangs = 0
-        """How often it was killed because it hung."""
-        self.born = 0.0
-        self.detail = ""
-        self.doomed = False
-        """It is being killed because one of its group died."""
-        self.owes_since: float | None = None
-        """When the first sign of life was asked for that has not come, monotonic seconds."""
-
-
-class _Probing:
-    """A status question that waits for the children's snapshots."""
-
-    def __init__(self, question: GetStatus, asked: set[str], timer: asyncio.TimerHandle) -> None:
-        self.question = question
-        self.asked = asked
-        self.timer = timer
-        self.series: list[Series] = []
-        self.progress: Progress | None = None
-
-
-def engine_children(config: Config, worker_module: str) -> list[ChildSpec]:
-    """The processes of one engine. The workers come first, as they take longest to be ready."""
-    children = [ChildSpec(name, worker_module, WORKERS) for name in worker_names(config)]
-    children += [ChildSpec(name, "headrace.tokenizer_proc.tokenizer", name) for name in tokenizer_names(config)]
-    children += [ChildSpec(name, "headrace.server.server", name) for name in server_names(config)]
-    return [*children, ChildSpec(SCHEDULER, "headrace.engine.scheduler.scheduler", SCHEDULER)]
 
 
 class Supervisor:
@@ -151,9 +96,9 @@ class Supervisor:
         self._unopened = self._servers & set(self._children)
         """Servers that do not know yet that the engine is ready for the first time."""
         self._deaths: deque[float] = deque()
-        self._probing: dict[int, _Probing] = {}
-        self._calls = 0
         self._state = "starting"
+        self._metrics = Metrics()
+        self._census = Census(self._post, self._children, self._metrics, lambda: self._state)
         self._undrained: set[str] = set()
         self._all_drained = asyncio.Event()
         self._leaving = False
@@ -197,10 +142,15 @@ class Supervisor:
             case Fatal():
                 if not self._changed(message.message):
                     self._fail(message.message)
-            case Snapshot():
-                self._collect(message)
+            case Snapshot(call=call):
+                if call == PULSE:
+                    self._feel(message)
+                elif call == OPENING:
+                    self._opened(message.child)
+                else:
+                    self._census.collect(message)
             case GetStatus():
-                self._ask_children(message)
+                self._census.ask(message)
             case Drained():
                 self._undrained.discard(message.child)
                 if not self._undrained:
@@ -241,8 +191,13 @@ class Supervisor:
         child = self._children[message.child]
         child.state = "ready"
         child.detail = message.detail
-        if child.restarts:
-            log.warning("%s is back after %.2f s", child.spec.name, time.monotonic() - child.born)
+        if child.died is not None:
+            now = time.monotonic()
+            log.warning("%s is back after %.2f s", child.spec.name, now - child.born)
+            self._metrics.histogram(
+                "headrace_recovery_seconds", "From a process's death until it is back.", labels=(("process", child.spec.name),)
+            ).observe(now - child.died)
+            child.died = None
         if self._all_ready and self._state in ("starting", "recovering"):
             if self._state == "starting":
                 self._keep_port(self._address())
@@ -277,6 +232,8 @@ class Supervisor:
         status = child.process.wait()
         child.process = None
         child.state = "stopped"
+        if self._changing is None and child.died is None:
+            child.died = time.monotonic()
         if not any(other.process for other in self._children.values()):
             self._all_dead.set()
         if self._done is None or self._done.done():
@@ -444,6 +401,8 @@ class Supervisor:
             log.exception("loading another model failed")
             status, message = 500, f"{type(error).__name__}: {error}"
         self._reload = None
+        labels = (("outcome", "done" if status == 200 else "refused" if status < 422 else "failed"),)
+        self._metrics.counter("headrace_reloads_total", "Exchanges of the model that were asked for, by outcome.", labels=labels).add()
         if self._state == "reloading":
             self._turn("ready" if self._all_ready else "recovering")
         self._answer_operator(ask, status, message)
@@ -526,55 +485,6 @@ class Supervisor:
                 if child.process:
                     child.process.kill()
             await self._all_dead.wait()
-
-    # Status
-
-    def _ask_children(self, question: GetStatus) -> None:
-        ready = {child.spec.name for child in self._children.values() if child.state == "ready"}
-        self._calls += 1
-        call = self._calls
-        timer = asyncio.get_running_loop().call_later(PROBE_GRACE, self._answer, call)
-        self._probing[call] = _Probing(question, ready, timer)
-        for name in ready:
-            self._post.send(name, Probe(call))
-        if not ready:
-            self._answer(call)
-
-    def _collect(self, snapshot: Snapshot) -> None:
-        if snapshot.call == PULSE:
-            self._feel(snapshot)
-        if snapshot.call == OPENING:
-            self._opened(snapshot.child)
-        probing = self._probing.get(snapshot.call)
-        if probing is None:
-            return
-        probing.asked.discard(snapshot.child)
-        probing.series.extend(snapshot.series)
-        probing.progress = snapshot.progress or probing.progress
-        if not probing.asked:
-            self._answer(snapshot.call)
-
-    def _answer(self, call: int) -> None:
-        probing = self._probing.pop(call, None)
-        if probing is None:
-            return
-        probing.timer.cancel()
-        now = time.monotonic()
-        children = [
-            ChildStatus(child.spec.name, child.state, child.process.pid if child.process else 0, child.restarts, now - child.born)
-            for child in self._children.values()
-        ]
-        restarts = [
-            Series("headrace_restarts_total", "counter", "Restarts by process.", (("process", child.name),), float(child.restarts))
-            for child in children
-        ]
-        hangs = [
-            Series("headrace_hangs_total", "counter", "Processes killed because they hung.", (("process", name),), float(child.hangs))
-            for name, child in self._children.items()
-        ]
-        question = probing.question
-        status = Status(question.call, self._state, children, restarts + hangs + probing.series, probing.progress)
-        self._post.send(question.reply_to, status)
 
 
 def run(config: Config, model: ModelFiles, worker_module: str = "headrace.workers.runner") -> int:

@@ -71,6 +71,8 @@ class Generate(Message):
     notes: bytes = b""
     """What the frontend must know to go on with the answer; kept beside the requests, and given back by a `Recall`. Empty for an answer
     that cannot be gone on with."""
+    trace: str = ""
+    """The `traceparent` of the span that this is a part of (W3C Trace Context), if there is one."""
 
 
 class Abort(Message):

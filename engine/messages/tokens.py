@@ -29,6 +29,8 @@ class Submit(Message):
     """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
     answer: str = ""
     """See `Generate.answer`."""
+    trace: str = ""
+    """See `Generate.trace`."""
 
 
 class Cancel(Message):

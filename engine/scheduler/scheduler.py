@@ -34,6 +34,7 @@ from headrace.engine.scheduler.ranks import Ranks
 from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
 from headrace.engine.scheduler.timeline import Timelines
+from headrace.engine.scheduler.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Scheduler:
         self._finishes, self._work = Rate(), Rate()
         self._meters = Meters(process.metrics)
         self._timelines = Timelines(config.request_log)
+        self._traces = Traces(process.model.name)
         process.progress = self.progress
         for name in self._ranks.names:
             process.send(name, Hello())
@@ -84,6 +86,7 @@ class Scheduler:
 
     async def close(self) -> None:
         self._timelines.close()
+        self._traces.close()
 
     def receive(self, message: Message) -> None:
         match message:
@@ -263,6 +266,7 @@ class Scheduler:
             self._tenants.leave(entry.submit.tenant)
             self._meters.ended(why)
             self._timelines.add(entry, why, time.monotonic())
+            self._traces.add(entry, why, time.monotonic())
         return entry
 
     # Steps

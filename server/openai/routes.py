@@ -52,6 +52,7 @@ TENANT = web.RequestKey("tenant", str)
 """Where a request carries whose it is, once its key was checked."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.{0,200})?")
 _encode = msgspec.json.Encoder().encode
 _chat = msgspec.json.Decoder(requests.Chat)
 _completion = msgspec.json.Decoder(requests.Completion)
@@ -63,6 +64,12 @@ def request_id(request: web.Request) -> str | None:
     """The id that the client chose for its request by `x-request-id`, if it is one that can stand in a log."""
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else None
+
+
+def _trace_parent(request: web.Request) -> str:
+    """The client's `traceparent`, if it is one by its form."""
+    given = request.headers.get("traceparent", "")
+    return given if _TRACE_PARENT.fullmatch(given) else ""
 
 
 def tenant_of(request: web.Request) -> str:
@@ -280,6 +287,7 @@ class OpenAIRoutes:
                     answer=name,
                     first_choice=place * each,
                     notes=notes,
+                    trace=_trace_parent(request),
                 )
                 self._client.generate(generate, sinks[here])
 

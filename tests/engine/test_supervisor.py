@@ -13,7 +13,8 @@ import pytest
 RUN = """
 import asyncio, logging, sys
 from headrace.engine.config import Config
-from headrace.engine.supervisor import ChildSpec, Supervisor
+from headrace.engine.children import ChildSpec
+from headrace.engine.supervisor import Supervisor
 from tests.engine.scheduler.stage import MODEL
 logging.basicConfig(level="INFO", stream=sys.stderr, format="%(message)s")
 async def live():
