@@ -255,7 +255,7 @@ async def test_sigterm_lets_running_streams_finish_and_refuses_new_ones():
             await streams.until(100)
             served.process.send_signal(signal.SIGTERM)
             served.until_state("draining")
-            with pytest.raises(Unavailable, match="shutting down") as refused:
+            with pytest.raises(Unavailable, match="draining") as refused:
                 Client(served.url, retries=0).chat(HELLO, model=served.model)
             assert refused.value.code == "draining"
             assert refused.value.retry_after

@@ -30,7 +30,7 @@ def engines(request) -> list[NativeOps]:
 
 
 @pytest.mark.parametrize("form", WEIGHTS)
-@pytest.mark.parametrize("rows", [1, 5, 16, 17, 32, 33, 101])
+@pytest.mark.parametrize("rows", [1, 17, 33, 101])
 def test_products_are_those_of_the_reference(engines, form, rows):
     x, bias = random(rows, WIDTH, seed=rows), random(83, seed=7)
     ours = engines[-1].linear(x, engines[-1].prepare([WEIGHTS[form]], bias))
@@ -49,7 +49,7 @@ def test_the_error_is_that_of_bfloat16(engines, form):
 
 @pytest.mark.parametrize("form", WEIGHTS)
 @given(rows=st.integers(1, 430), seed=st.integers(0, 1000))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_rows_do_not_know_each_other(engines, form, rows, seed):
     x = random(rows, WIDTH, seed=seed)
     packed = engines[0].prepare([WEIGHTS[form]])

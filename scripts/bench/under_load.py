@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""Measure on a running engine what the scheduler promises: scripts/bench/under_load.py [--measure NAME …] [-- OPTIONS OF serve]
+
+    starvation   a long prompt arrives among 16 decoding streams: what their inter-token latency does, and its own time to the first token
+    flood        one tenant sends hundreds of requests at once: another tenant's time to the first token, beside that of an idle engine
+    overload     ten times as many requests as the engine can serve: what still gets done, how soon the others are told
+    soak         random load with a fifth of it aborted: memory and pages, from the end of the warm-up on
+
+The load comes from this process, on the same cores. Times are a client's, over HTTP. All of it goes into one JSON file.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+from processes import Engine, engine, parse
+
+from headrace.client import AsyncClient
+from headrace.client.bench.corpus import load_words
+from headrace.client.bench.machine import facts
+from headrace.client.errors import ClientError, RateLimited
+
+SERVE = "import sys; from headrace.engine.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+ONE, OTHER = "tenant-one", "tenant-other"
+STREAMS = 16
+MIB = 1 << 20
+
+
+@dataclass
+class Stream:
+    """When its tokens came, in seconds of this process's clock."""
+
+    sent: float
+    at: list[float] = field(default_factory=list)
+    tokens: int = 0
+    error: str | None = None
+
+    @property
+    def first_s(self) -> float:
+        return self.at[0] - self.sent
+
+    def gaps(self, since: float, until: float) -> list[float]:
+        """Between two steps that both fall into the time."""
+        return [b - a for a, b in zip(self.at, self.at[1:], strict=False) if since <= a and b <= until]
+
+
+class Load:
+    """Requests of distinct prompts to one engine."""
+
+    def __init__(self, running: Engine, seed: int) -> None:
+        self.running = running
+        self.words = load_words(None)
+        self.dice = random.Random(seed)
+        self.clients = {key: AsyncClient(running.address, api_key=key, retries=0) for key in (ONE, OTHER)}
+
+    def prompt(self, words: int) -> str:
+        start = self.dice.randrange(max(1, len(self.words) - words))
+        return f"{self.dice.randrange(1 << 30)} {' '.join(self.words[start : start + words])}"
+
+    async def stream(self, prompt: str, tokens: int, key: str = ONE, stream: Stream | None = None, **parameters: Any) -> Stream:
+        """One request to its end."""
+        one = stream or Stream(0.0)
+        one.sent = time.perf_counter()
+        options = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True} | parameters
+        try:
+            async with await self.clients[key].complete_stream(**options) as chunks:
+                async for chunk in chunks:
+                    if any(choice.text or choice.finish_reason for choice in chunk.choices):
+                        one.at.append(time.perf_counter())
+                        one.tokens += 1
+        except ClientError as error:
+            one.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, RateLimited):
+                one.error = "refused"
+        return one
+
+    async def metric(self, name: str) -> float:
+        """The sum of all series of that name."""
+        page = await asyncio.to_thread(_page, f"{self.running.address}/metrics")
+        lines = (line for line in page.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    async def close(self) -> None:
+        for client in self.clients.values():
+            await client.close()
+
+
+def _page(url: str) -> str:
+    import urllib.request
+
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return response.read().decode()
+
+
+async def starvation(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
+    prompt = lambda: load.prompt(arguments.long_words)  # noqa: E731
+    alone = [(await load.stream(prompt(), 1)).first_s for _ in range(3)]
+    others = [Stream(0.0) for _ in range(STREAMS)]
+    tasks = [asyncio.create_task(load.stream(load.prompt(20), arguments.decode_tokens, stream=one)) for one in others]
+    while any(len(one.at) < 20 for one in others):
+        await asyncio.sleep(0.05)
+    calm_from = time.perf_counter()
+    await asyncio.sleep(arguments.calm_s)
+    calm_to = time.perf_counter()
+    long = await load.stream(prompt(), 1)
+    arrived, done = long.sent, long.at[0]
+    calm = [gap for one in others for gap in one.gaps(calm_from, calm_to)]
+    beside = [gap for one in others for gap in one.gaps(arrived, done)]
+    still = sum(bool(one.at) and one.at[-1] > done - 1 for one in others)
+    # What the others got done meanwhile would have taken this long by itself.
+    decoded = sum(arrived <= at <= done for one in others for at in one.at)
+    steps_s = statistics.mean(calm) * decoded / STREAMS
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return {
+        "itl_ms_p50_calm": 1e3 * quantile(calm, 0.5),
+        "itl_ms_p99_calm": 1e3 * quantile(calm, 0.99),
+        "itl_ms_p50_beside": 1e3 * quantile(beside, 0.5),
+        "itl_ms_p99_beside": 1e3 * quantile(beside, 0.99),
+        "itl_p99_rises": quantile(beside, 0.99) / quantile(calm, 0.99),
+        "ttft_s_alone": statistics.median(alone),
+        "ttft_s_beside": long.first_s,
+        "decoding_s_meanwhile": steps_s,
+        "ttft_over_all_work": long.first_s / (statistics.median(alone) + steps_s),
+        "streams_still_decoding": still,
+    }
+
+
+async def flood(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
+    async def probe(count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            found.append((await load.stream(load.prompt(40), 8, OTHER)).first_s)
+            await asyncio.sleep(0.3)
+        return found
+
+    idle = await probe(8)
+    tasks = [asyncio.create_task(load.stream(load.prompt(40), 64, ONE)) for _ in range(arguments.flood)]
+    while not await load.metric("headrace_requests_running"):
+        await asyncio.sleep(0.05)
+    flooded = await probe(8)
+    waiting = await load.metric("headrace_requests_waiting") + await load.metric("headrace_requests_running")
+    results = await asyncio.gather(*tasks)
+    own = [one.first_s for one in results if one.at]
+    return {
+        "requests_of_the_flood": arguments.flood,
+        "of_them_left_at_the_last_probe": waiting,
+        "ttft_ms_idle_p50": 1e3 * quantile(idle, 0.5),
+        "ttft_ms_flooded_p50": 1e3 * quantile(flooded, 0.5),
+        "ttft_ms_flooded_max": 1e3 * max(flooded),
+        "ttft_rises": quantile(flooded, 0.5) / quantile(idle, 0.5),
+        "ttft_s_of_the_flood_p50": quantile(own, 0.5),
+        "errors": dict(Counter(one.error for one in results if one.error)),
+    }
+
+
+async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
+    words, tokens = 60, 48
+
+    async def closed(streams: int, seconds: float) -> float:
+        """Tokens a second of so many clients, each with one request after the other."""
+        until, done = time.perf_counter() + seconds, 0
+
+        async def client() -> None:
+            nonlocal done
+            while time.perf_counter() < until:
+                one = await load.stream(load.prompt(words), tokens)
+                done += sum(at <= until for at in one.at)
+
+        await asyncio.gather(*(client() for _ in range(streams)))
+        return done / seconds
+
+    await closed(32, 5)
+    peak = max([await closed(streams, arguments.seconds / 4) for streams in (32, 64)])
+    rate = 10 * peak / tokens
+    begun = time.perf_counter()
+    ends = begun + arguments.seconds
+    results: list[tuple[Stream, float]] = []
+    tasks = []
+
+    async def one() -> None:
+        stream = await load.stream(load.prompt(words), tokens)
+        results.append((stream, time.perf_counter()))
+
+    while (now := time.perf_counter()) < ends:
+        tasks.append(asyncio.create_task(one()))
+        await asyncio.sleep(max(0.0, begun + len(tasks) / rate - now))
+    await asyncio.gather(*tasks)
+    served = [stream for stream, _ in results if not stream.error]
+    refused = [1e3 * (at - stream.sent) for stream, at in results if stream.error == "refused"]
+    # Whole answers count, by the time between the first second, in which the engine fills, and the last request's arrival.
+    good = sum(begun + 2 <= at <= ends for stream in served for at in stream.at) / (arguments.seconds - 2)
+    return {
+        "peak_tok_s": peak,
+        "offered_requests_s": len(results) / arguments.seconds,
+        "goodput_tok_s": good,
+        "goodput_of_peak": good / peak,
+        "served": len(served),
+        "refused": len(refused),
+        "refused_ms_p50": quantile(refused, 0.5) if refused else None,
+        "refused_ms_p99": quantile(refused, 0.99) if refused else None,
+        "other_errors": dict(Counter(stream.error for stream, _ in results if stream.error not in (None, "refused"))),
+    }
+
+
+async def soak(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
+    ends = time.perf_counter() + arguments.soak
+    warm = time.perf_counter() + arguments.soak / 4
+    kinds: Counter[str] = Counter()
+    memory: list[tuple[float, dict[str, float]]] = []
+
+    async def client() -> None:
+        while time.perf_counter() < ends:
+            tokens, words = load.dice.randrange(1, 120), int(load.dice.expovariate(1 / 60)) + 1
+            prompt = load.prompt(words) if load.dice.random() < 0.7 else " ".join(load.words[: words + 50])
+            request = asyncio.create_task(
+                load.stream(prompt, tokens, load.dice.choice((ONE, OTHER)), temperature=load.dice.choice((0, 1.0)))
+            )
+            if load.dice.random() < 0.2:
+                done, _ = await asyncio.wait({request}, timeout=load.dice.random() * 2)
+                if not done:
+                    request.cancel()
+                    await asyncio.wait({request})
+                    kinds["aborted"] += 1
+                    continue
+            one = await request
+            kinds["error" if one.error else "ended"] += 1
+
+    async def watch() -> None:
+        while time.perf_counter() < ends:
+            await asyncio.sleep(arguments.soak / 60)
+            if time.perf_counter() > warm:
+                memory.append((time.perf_counter(), {name: usage.rss_mib for name, usage in load.running.usage().items()}))
+
+    await asyncio.gather(watch(), *(client() for _ in range(32)))
+    deadline = time.perf_counter() + 10
+    while await load.metric("headrace_requests_running") and time.perf_counter() < deadline:
+        await asyncio.sleep(0.2)
+    quarter = max(1, len(memory) // 4)
+
+    def total(samples: list[tuple[float, dict[str, float]]]) -> float:
+        return statistics.median(sum(one.values()) for _, one in samples)
+
+    first, last = memory[:quarter], memory[-quarter:]
+    by_process = {
+        name: [round(statistics.median(one[name] for _, one in part if name in one), 1) for part in (first, last)] for name in memory[-1][1]
+    }
+    return {
+        "seconds": arguments.soak,
+        "requests": dict(kinds),
+        "mib_after_warm_up": total(first),
+        "mib_at_the_end": total(last),
+        "growth": total(last) / total(first) - 1,
+        "mib_by_process": by_process,
+        "pages_in_use_at_the_end": await load.metric("headrace_kv_pages") - await _idle_pages(load),
+        "requests_in_tables_at_the_end": await load.metric("headrace_tokenizer_live_requests"),
+    }
+
+
+async def _idle_pages(load: Load) -> float:
+    page = await asyncio.to_thread(_page, f"{load.running.address}/metrics")
+    return sum(
+        float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith('headrace_kv_pages{state="') and "used" not in line
+    )
+
+
+MEASURES = {"starvation": starvation, "flood": flood, "overload": overload, "soak": soak}
+GOALS = {
+    ("starvation", "itl_p99_rises"): 2.0,
+    ("starvation", "ttft_over_all_work"): 1.3,
+    ("flood", "ttft_rises"): 2.0,
+    ("overload", "goodput_of_peak"): -0.9,  # at least
+    ("overload", "refused_ms_p99"): 50.0,
+    ("soak", "growth"): 0.02,
+    ("soak", "pages_in_use_at_the_end"): 0.0,
+}
+"""The most that each may be."""
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+async def measure(running: Engine, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in arguments.measure:
+        load = Load(running, arguments.seed)
+        found[name] = await MEASURES[name](load, arguments)
+        await load.close()
+        print(f"{name}: {json.dumps(found[name], default=str)}", flush=True)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure what the scheduler promises under load.")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of overload (default: 60)")
+    parser.add_argument("--soak", type=float, default=1800.0, metavar="SECONDS", help="of soaking (default: 1800)")
+    parser.add_argument("--flood", type=int, default=500, metavar="REQUESTS", help="default: 500")
+    parser.add_argument(
+        "--long-words", type=int, default=5600, metavar="N", help="words of the long prompt (default: 5600, about 8,000 tokens)"
+    )
+    parser.add_argument("--decode-tokens", type=int, default=4000, metavar="N", help="of each stream beside it (default: 4000)")
+    parser.add_argument("--calm-s", type=float, default=10.0, metavar="S", help="of decoding before it comes (default: 10)")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of prompts; the same again would be found in the prefix cache")
+    parser.add_argument("--json", type=Path, default=Path("build/bench/under_load.json"), help="default: %(default)s")
+    arguments = parse(parser)
+    with engine(SERVE, "--port", "0", "--api-key", f"{ONE},{OTHER}", *arguments.serve) as running:
+        running.wait_until_ready()
+        found = uvloop.run(measure(running, arguments))
+    goals = []
+    for (name, key), most in GOALS.items():
+        if name in found and found[name][key] is not None:
+            value = found[name][key]
+            goals.append(
+                {"goal": f"{name}: {key}", "wanted": abs(most), "found": value, "met": value >= -most if most < 0 else value <= most}
+            )
+    result = {
+        "schema": "headrace-under-load/1",
+        "options": arguments.serve,
+        "measured": found,
+        "goals": goals,
+        "machine": msgspec.to_builtins(facts()),
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    for goal in goals:
+        print(f"{'met   ' if goal['met'] else 'MISSED'}  {goal['goal']}: {goal['found']:.2f} (goal {goal['wanted']})")
+    print(f"saved {arguments.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
