@@ -43,12 +43,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         _about("implementation of the model's operations: the fastest that runs here, or a named one"),
     ] = "auto"
     activations: Annotated[
-        Literal["int8", "bf16", "f32"],
+        Literal["auto", "int8", "bf16", "f32"],
         _about(
-            "what weights are multiplied with: inputs rounded to 8 bits in groups of 32 (where weights are integers), to bfloat16 (and "
-            "weights too: faster for long prompts and many requests on CPUs with AMX), or as they are"
+            "what weights are multiplied with: inputs rounded to 8 bits in groups of 32, to bfloat16 (and weights too), or as they are; "
+            "auto is int8 for weights that are integers, bf16 for those that are so on CPUs with AMX, and f32 for the rest"
         ),
-    ] = "int8"
+    ] = "auto"
     max_context: Annotated[
         Count | None, _about("most tokens of prompt and output together; the model's own limit without it", "TOKENS")
     ] = None

@@ -26,7 +26,7 @@ GPU_NODES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 def make_backend(kind: str, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> Backend:
     """The backend of `kind` (one of KINDS) on `device` ("cpu", "cuda", "cuda:1", …). `threads` bounds the CPU threads of an op; None lets
-    the backend choose. `activations` is "f32", "int8" or "bf16": what weights are multiplied with; on a GPU, "f32" makes
+    the backend choose. `activations` is "f32", "int8", "bf16" or "auto": what weights are multiplied with; on a GPU, "f32" makes
     everything float32, and others leave it at bfloat16. Triton's kernels run on the GPU, and without one on the CPU.
 
     Raises KernelsUnavailable.

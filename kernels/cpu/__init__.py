@@ -59,8 +59,8 @@ class CpuBackend:
     """`headrace.kernels.ops.Backend` in native code, whose docstrings hold here. `threads` None is one a physical core.
 
     `isa` is one of INSTRUCTION_SETS; None is what HEADRACE_CPU_ISA names, or the best. ValueError when the machine lacks it, and for
-    weights of the wrong type or shape. `activations` is what weights are multiplied with where they allow it: "f32", "int8" or
-    "bf16".
+    weights of the wrong type or shape. `activations` is what weights are multiplied with where they allow it: "f32", "int8", "bf16" or
+    "auto", which is bf16 for weights that are so where there are tiles for it, and int8 for others.
     """
 
     name = "cpu"
@@ -87,8 +87,16 @@ class CpuBackend:
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Packed:
         if name not in self._packed:
-            self._packed[name] = Packed(self._parts(name, weights), bias, self._activations)
+            parts = self._parts(name, weights)
+            self._packed[name] = Packed(parts, bias, [self._activations_for(part) for part, _ in parts])
         return self._packed[name]
+
+    def _activations_for(self, part: Part) -> str:
+        """What this part is multiplied with."""
+        wanted = self._activations
+        if wanted == "auto":
+            wanted = "bf16" if part.is_bf16 and self.isa == "amx" else "int8"
+        return wanted if part.takes(wanted) else "f32"
 
     def _parts(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Sequence[tuple[Part, np.ndarray]]:
         """The packed weight: from the store if it is there, else made, and left there."""

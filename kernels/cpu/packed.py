@@ -61,6 +61,10 @@ class Part(NamedTuple):
         return self.native(0, 0, "f32", None).size
 
     @property
+    def is_bf16(self) -> bool:
+        return self.form == _BF16
+
+    @property
     def name(self) -> str:
         """The type of its numbers, in short."""
         return _NAMES[self.form]
@@ -81,8 +85,8 @@ class Part(NamedTuple):
 class Packed:
     """A layer's weight [N, K], bound to where its panels lie."""
 
-    def __init__(self, parts: Sequence[tuple[Part, np.ndarray]], bias: np.ndarray | None, activations: str) -> None:
-        """`bias` is float32 [N]; `activations` "int8", "bf16" or "f32", which is also what parts get that do not take these."""
+    def __init__(self, parts: Sequence[tuple[Part, np.ndarray]], bias: np.ndarray | None, activations: Sequence[str]) -> None:
+        """`bias` is float32 [N]; `activations` are what each part is multiplied with, which it must take."""
         self.inputs = parts[0][0].inputs
         self.outputs = sum(part.outputs for part, _ in parts)
         if bias is not None:
@@ -91,15 +95,15 @@ class Packed:
             bias = np.ascontiguousarray(bias, np.float32)
         # Native code knows addresses alone: what lies there must not go before this does.
         self._panels, self._bias = [panels for _, panels in parts], bias
-        self.activations = activations if any(part.takes(activations) for part, _ in parts) else "f32"
+        self.activations = next((one for one in activations if one != "f32"), "f32")
         """What it is multiplied with, in the main."""
         self.name = f"{'+'.join(dict.fromkeys(part.name for part, _ in parts))} × {self.activations}"
         self._natives: list[_native.Linear] = []
         following, end = None, self.outputs
-        for part, panels in reversed(parts):
+        for (part, panels), wanted in zip(reversed(parts), reversed(activations), strict=True):
             end -= part.outputs
             at = 0 if bias is None else bias[end:].ctypes.data
-            following = part.native(panels.ctypes.data, at, activations if part.takes(activations) else "f32", following)
+            following = part.native(panels.ctypes.data, at, wanted, following)
             self._natives.append(following)
 
     @property

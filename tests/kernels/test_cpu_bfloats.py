@@ -107,3 +107,10 @@ def test_the_arithmetic_of_what_follows_is_left_as_it_was(engines):
     engines[0].linear(random(3, WIDTH), packed)
     tiny = torch.full((1, 64), 1e-39)
     assert torch.equal(engines[0].add(tiny, tiny), tiny + tiny)
+
+
+def test_left_to_itself_the_backend_takes_what_is_fast_for_each_weight():
+    for isa in cpu.INSTRUCTION_SETS:
+        ops = NativeOps(1, isa, "auto")
+        names = [ops.prepare([WEIGHTS[form]]).name for form in ("Q4_1", "Q8_0", "bfloat16")] + [ops.prepare([dense(random(7, WIDTH))]).name]
+        assert names == ["int4 × int8", "int8 × int8", f"bf16 × {'bf16' if isa == 'amx' else 'f32'}", "f32 × f32"]
