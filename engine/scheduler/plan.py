@@ -14,6 +14,7 @@ Many newcomers with the same new prefix: the first computes it, the others wait 
 Suspects, of whom a worker may have died, run alone: should another die, it is known why.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
@@ -243,6 +244,8 @@ def _admit(
         planned = next((length for other, length in decision.run if other is sequence), 0)
         held = max(len(sequence.pages), ledger.pages_for(sequence.computed + planned))
         available -= _pages_to_start(ledger, sequence) - held
+    leaving = Counter(node.page for victim in decision.preempt for node in victim.nodes)
+    """How many of those who use a cached page are to be preempted."""
     coming = {link for sequence in prefills for link in sequence.chain(size)[sequence.computed // size :]}
     locked: set[int] = set()
     passed_over = 0
@@ -256,7 +259,7 @@ def _admit(
         if len(path) < most and sequence.chain(size)[len(path)] in coming:
             passed_over += 1
             continue
-        idle = [node.page for node in path if node.users == 0 and node.page not in locked]
+        idle = [node.page for node in path if node.users == leaving[node.page] and node.page not in locked]
         pages = _pages_to_start(ledger, sequence) - len(path) + len(idle)
         if pages > available:
             return
