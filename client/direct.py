@@ -140,13 +140,14 @@ class _Call:
 class _Live:
     """A request that has had no last word."""
 
-    __slots__ = ("desk", "generate", "place", "sink", "tokens")
+    __slots__ = ("attempt", "desk", "generate", "place", "sink", "tokens")
 
     def __init__(self, sink: Sink, generate: Generate, place: int, desk: str) -> None:
         self.sink = sink
         self.generate = generate
         self.place = place
         self.desk = desk
+        self.attempt = generate.attempt
         self.tokens: list[int] = []
 
 
@@ -259,6 +260,7 @@ class DirectClient:
             self._load[name] -= 1
             self._load[desk] += 1
             live.desk = desk
+            live.attempt += 1
             again = Generate(
                 requests=(request,),
                 seeds=(generate.seeds[place],),
@@ -275,6 +277,7 @@ class DirectClient:
                 answer=generate.answer,
                 first_choice=generate.first_choice + place,
                 notes=generate.notes,
+                attempt=live.attempt,
             )
             self._submit(desk, again)
 

@@ -50,7 +50,7 @@ class Process:
         self.run_dir = run_dir
         self.name = name
         self.incarnation = incarnation
-        """Unique to this start of this process."""
+        """Greater than that of every process that this engine started before."""
         self.config = spec.config
         self.model = spec.model
         self.metrics = Metrics()

@@ -15,6 +15,7 @@ It never touches a request. SIGINT ends everything at once; SIGTERM drains first
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import shutil
@@ -101,6 +102,7 @@ class Child:
         self.pidfd = -1
         self.state = "starting"
         self.restarts = -1
+        self.incarnation = 0
         self.hangs = 0
         """How often it was killed because it hung."""
         self.born = 0.0
@@ -146,6 +148,7 @@ class Supervisor:
         self._deaths: deque[float] = deque()
         self._probing: dict[int, _Probing] = {}
         self._calls = 0
+        self._incarnations = itertools.count(1)
         self._state = "starting"
         self._undrained: set[str] = set()
         self._all_dead = asyncio.Event()
@@ -203,11 +206,12 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         child.restarts += 1
+        child.incarnation = next(self._incarnations)
         child.state = "starting" if child.restarts == 0 else "restarting"
         child.born = time.monotonic()
         child.owes_since = None
         command = [sys.executable, "-m", child.spec.module, str(self._run_dir), child.spec.name]
-        command += [str(time.time_ns() & 0xFFFFFFFFFFF), str(self._death_read)]
+        command += [str(child.incarnation), str(self._death_read)]
         # A session of its own: Ctrl-C in the terminal is for the supervisor, which tells the children.
         # OpenMP's threads must not spin for cores that other processes of the engine need.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
@@ -260,7 +264,9 @@ class Supervisor:
             # Not to one that is still starting: it would read this late, when it knows the successor already, and take that for dead.
             # It has asked nothing of the dead one, or will ask again: whoever starts announces itself to its peers.
             if other is not child and other.process and other.state == "ready":
-                self._post.send(other.spec.name, PeerDied(name, by_itself=not child.doomed and status != -signal.SIGKILL))
+                self._post.send(
+                    other.spec.name, PeerDied(name, child.incarnation, by_itself=not child.doomed and status != -signal.SIGKILL)
+                )
         if child.doomed:
             child.doomed = False
             self._start(child)

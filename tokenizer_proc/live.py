@@ -59,6 +59,7 @@ class Live:
             priority=generate.priority,
             deadline=generate.deadline,
             answer=generate.answer,
+            attempt=generate.attempt,
         )
         self.expected = len(self.tokens)
         """Tokens that are known to exist. More than `tokens` has, while some are still to be told again."""

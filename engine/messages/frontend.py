@@ -71,6 +71,8 @@ class Generate(Message):
     notes: bytes = b""
     """What the frontend must know to go on with the answer; kept beside the requests, and given back by a `Recall`. Empty for an answer
     that cannot be gone on with."""
+    attempt: int = 0
+    """How often it was sent to a tokenizer before, which died."""
 
 
 class Abort(Message):

@@ -29,6 +29,8 @@ class Submit(Message):
     """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
     answer: str = ""
     """See `Generate.answer`."""
+    attempt: int = 0
+    """See `Generate.attempt`. The tokenizer of the latest one gets the tokens: what a dead one sent may come after its heir's."""
 
 
 class Cancel(Message):

@@ -16,6 +16,7 @@ class Entry:
 
     __slots__ = (
         "arrived",
+        "attempt",
         "cached",
         "chunks",
         "emitted",
@@ -36,6 +37,7 @@ class Entry:
         self.submit = submit
         self.reply_to = submit.reply_to
         """The tokenizer that gets its tokens; another one after a death."""
+        self.attempt = submit.attempt
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.arrived = arrived
@@ -54,7 +56,8 @@ class Entry:
         self.suspicion = Suspicion()
         self.pace = Pace()
         self.sequence: Sequence | None = None
-        """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs."""
+        """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs, and while an
+        earlier life of the request is in the ledger still."""
 
     def admit(self) -> Admit:
         """What workers must know to continue it."""
