@@ -82,6 +82,8 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
+        self.get = self._entries.get
+        """The entry of a live request, None for others."""
         self.prompt_tokens = 0
         """Of all live requests together."""
 
@@ -95,9 +97,6 @@ class Journal:
         entry = self._entries[submit.request] = Entry(submit, now)
         self.prompt_tokens += len(submit.prompt)
         return entry
-
-    def get(self, request: int) -> Entry | None:
-        return self._entries.get(request)
 
     def close(self, request: int) -> Entry | None:
         """Forget a request that is over; None when it is not known."""

@@ -369,13 +369,12 @@ class Scheduler:
     def _account(self, result: StepResult, rows: list[Row], now: float) -> None:
         """Note whom the step served, and how long that took."""
         decodes = chunk = 0
-        for row in rows:
-            sequence = row.sequence
-            if row.start >= sequence.prompt:
+        for sequence, start, length, _, _ in rows:
+            if start >= sequence.prompt:
                 decodes += 1
             else:
-                chunk += row.length
-                self._tenants.charge(sequence.tenant, row.length, 0)
+                chunk += length
+                self._tenants.charge(sequence.tenant, length, 0)
                 if entry := self._running_entry(sequence.request):
                     entry.chunks += 1
         self._speed.observe(decodes, chunk, result.times.total * 1e-9)
@@ -392,26 +391,33 @@ class Scheduler:
                     sequence.lookahead = entry.pace.lookahead
 
     def _hand_out(self, result: StepResult, ended: dict[int, Ended], now: float) -> None:
-        position = 0
+        find, tokens, position = self._journal.get, result.tokens, 0
+        served: dict[str, int] = {}
+        outgoing, receiver = None, ""
         for request, count in zip(result.requests, result.counts, strict=True):
-            entry = self._running_entry(request)
-            if entry is not None:
-                outgoing = self._outgoing_for(entry.reply_to)
+            entry = find(request)
+            if entry is not None and entry.sequence is not None:
+                if outgoing is None or entry.reply_to != receiver:
+                    receiver = entry.reply_to
+                    outgoing = self._outgoing_for(receiver)
                 emitted = entry.emitted
                 # A request that ended within its count has fewer tokens in the ledger than in the result.
-                count_taken = ended[request].sequence.emitted - len(emitted) if request in ended else count
-                for token in result.tokens[position : position + count_taken]:
+                taken = ended[request].sequence.emitted - len(emitted) if request in ended else count
+                for place in range(position, position + taken):
                     outgoing.requests.append(request)
                     outgoing.index.append(len(emitted))
-                    outgoing.tokens.append(token)
-                    emitted.append(token)
-                self._meters.emitted_tokens.add(count_taken)
-                self._tenants.charge(entry.submit.tenant, 0, count_taken)
+                    outgoing.tokens.append(tokens[place])
+                    emitted.append(tokens[place])
+                tenant = entry.submit.tenant
+                served[tenant] = served.get(tenant, 0) + taken
                 if entry.first_token is None:
                     entry.first_token = now
-                if entry.worker_deaths and entry.sequence is not None:
+                if entry.worker_deaths:
                     entry.sequence.suspect = entry.suspect
             position += count
+        for tenant, taken in served.items():
+            self._meters.emitted_tokens.add(taken)
+            self._tenants.charge(tenant, 0, taken)
         for scores in result.logprobs:
             if entry := self._running_entry(scores.request):
                 entry.logprobs.append(scores)
