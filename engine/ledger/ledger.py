@@ -1,7 +1,8 @@
 """The ledger proper: a replicated state machine over plans and results.
 
 Every worker rank and the scheduler hold one. Each applies `Plan k`, then commits `StepResult k`, then plan k+1, …; the page
-tables follow, and nothing else decides them. A digest over every page that changed hands shows whether two ledgers agree.
+tables follow, and nothing else decides them. A digest over every page that changed hands, every token emitted and the place where every row
+starts shows whether two ledgers agree.
 
     apply(plan)      abort ─ preempt ─ admit ─ for each that runs: match the cache, take pages ──▶ rows to compute
     commit(result)   for each row: emitted tokens are appended, full pages enter the tree, ended requests are released
@@ -107,6 +108,7 @@ class Ledger:
             elif not plan.ahead:
                 raise LedgerError(f"request {request:x} is not in the ledger")
         self._rows = [self._grow(sequence, length, lookahead) for sequence, length, lookahead in starting]
+        self._events.extend([row.start for row in self._rows])
         self._seal()
         return self._rows
 
