@@ -15,7 +15,8 @@ from array import array
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import repeat
-from typing import NamedTuple
+
+import msgspec
 
 from headrace.engine.ledger.pages import PagePool
 from headrace.engine.ledger.radix import Node, RadixTree
@@ -27,7 +28,7 @@ class LedgerError(Exception):
     """A plan or result that does not fit the ledger: its sender and this process disagree on the state."""
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """Work of one request in one step: tokens `start … start + length - 1` of its sequence."""
 
     sequence: Sequence
@@ -124,13 +125,14 @@ class Ledger:
         emitted, position = result.tokens, 0
         size = self.page_size
         self._events.extend(emitted)
-        for sequence, _, length, emits, lookahead in rows:
-            if emits:
+        for row in rows:
+            sequence = row.sequence
+            if row.emits:
                 request, count = next(emitting, (None, 0))
                 if request != sequence.request:
                     raise LedgerError(f"result {result.step} has tokens of {request}, those of {sequence.request} were due")
-                if count > lookahead + 1:
-                    raise LedgerError(f"result {result.step} has {count} tokens of {request}, which had room for {lookahead + 1}")
+                if count > row.lookahead + 1:
+                    raise LedgerError(f"result {result.step} has {count} tokens of {request}, which had room for {row.lookahead + 1}")
                 tokens, end_tokens = sequence.tokens, sequence.end_tokens
                 # A row that was to emit and did not has failed: the model gave nothing to choose from.
                 reason = None if count else "error"
@@ -143,7 +145,7 @@ class Ledger:
                         break
                 position += count
             else:
-                computed = sequence.computed + length
+                computed = sequence.computed + row.length
                 reason = "length" if computed == len(sequence.tokens) else None
             sequence.computed = computed
             if computed // size > len(sequence.nodes):

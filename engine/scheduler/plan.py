@@ -210,9 +210,10 @@ def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], lim
     spare = _spare(limits.max_step_tokens, len(going_on))
     size = ledger.page_size
     available = ledger.available
-    for sequence, start, length, _, drafts in going_on:
+    for row in going_on:
+        sequence = row.sequence
         lookahead = _lookahead(sequence, spare, 2) if sequence.lookahead else 0
-        known = start + length + drafts + 1 + lookahead
+        known = row.start + row.length + row.lookahead + 1 + lookahead
         if known > len(sequence.pages) * size:
             available -= ledger.pages_for(known) - len(sequence.pages)
         decision.run.append((sequence, 1))

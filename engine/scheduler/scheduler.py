@@ -369,12 +369,13 @@ class Scheduler:
     def _account(self, result: StepResult, rows: list[Row], now: float) -> None:
         """Note whom the step served, and how long that took."""
         decodes = chunk = 0
-        for sequence, start, length, _, _ in rows:
-            if start >= sequence.prompt:
+        for row in rows:
+            sequence = row.sequence
+            if row.start >= sequence.prompt:
                 decodes += 1
             else:
-                chunk += length
-                self._tenants.charge(sequence.tenant, length, 0)
+                chunk += row.length
+                self._tenants.charge(sequence.tenant, row.length, 0)
                 if entry := self._running_entry(sequence.request):
                     entry.chunks += 1
         self._speed.observe(decodes, chunk, result.times.total * 1e-9)
@@ -393,21 +394,23 @@ class Scheduler:
     def _hand_out(self, result: StepResult, ended: dict[int, Ended], now: float) -> None:
         find, tokens, position = self._journal.get, result.tokens, 0
         served: dict[str, int] = {}
-        outgoing, receiver = None, ""
+        receiver = None
+        to_requests, to_index, to_tokens = [], [], []
         for request, count in zip(result.requests, result.counts, strict=True):
             entry = find(request)
             if entry is not None and entry.sequence is not None:
-                if outgoing is None or entry.reply_to != receiver:
+                if entry.reply_to != receiver:
                     receiver = entry.reply_to
                     outgoing = self._outgoing_for(receiver)
+                    to_requests, to_index, to_tokens = outgoing.requests, outgoing.index, outgoing.tokens
                 emitted = entry.emitted
                 # A request that ended within its count has fewer tokens in the ledger than in the result.
                 taken = ended[request].sequence.emitted - len(emitted) if request in ended else count
                 for place in range(position, position + taken):
-                    outgoing.requests.append(request)
-                    outgoing.index.append(len(emitted))
-                    outgoing.tokens.append(tokens[place])
-                    emitted.append(tokens[place])
+                    to_requests.append(request)
+                    to_index.append(len(emitted))
+                    to_tokens.append(token := tokens[place])
+                    emitted.append(token)
                 tenant = entry.submit.tenant
                 served[tenant] = served.get(tenant, 0) + taken
                 if entry.first_token is None:
