@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import zmq
 
 from headrace.engine.actor import Visit, endpoint
@@ -140,13 +141,14 @@ class _Call:
 class _Live:
     """A request that has had no last word."""
 
-    __slots__ = ("desk", "generate", "place", "sink", "tokens")
+    __slots__ = ("attempt", "desk", "generate", "place", "sink", "tokens")
 
     def __init__(self, sink: Sink, generate: Generate, place: int, desk: str) -> None:
         self.sink = sink
         self.generate = generate
         self.place = place
         self.desk = desk
+        self.attempt = generate.attempt
         self.tokens: list[int] = []
 
 
@@ -259,22 +261,14 @@ class DirectClient:
             self._load[name] -= 1
             self._load[desk] += 1
             live.desk = desk
-            again = Generate(
+            live.attempt += 1
+            again = msgspec.structs.replace(
+                generate,
                 requests=(request,),
                 seeds=(generate.seeds[place],),
-                prompt=generate.prompt,
-                sampling=generate.sampling,
-                stop=generate.stop,
-                include_stop=generate.include_stop,
-                skip_special_tokens=generate.skip_special_tokens,
-                want_prompt=generate.want_prompt,
-                tenant=generate.tenant,
-                priority=generate.priority,
-                deadline=generate.deadline,
                 emitted=(tuple(live.tokens),),
-                answer=generate.answer,
                 first_choice=generate.first_choice + place,
-                notes=generate.notes,
+                attempt=live.attempt,
             )
             self._submit(desk, again)
 

@@ -47,6 +47,7 @@ class Child:
         self.pidfd = -1
         self.state = "starting"
         self.restarts = -1
+        self.incarnation = 0
         self.hangs = 0
         """How often it was killed because it hung."""
         self.born = 0.0

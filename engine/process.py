@@ -9,6 +9,7 @@ reports it, and a thread that does nothing else takes this process down, even if
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -50,7 +51,7 @@ class Process:
         self.run_dir = run_dir
         self.name = name
         self.incarnation = incarnation
-        """Unique to this start of this process."""
+        """Greater than that of every process that this engine started before."""
         self.config = spec.config
         self.model = spec.model
         self.metrics = Metrics()
@@ -132,6 +133,17 @@ def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
         sys.exit(EXIT_FATAL)
 
 
+def collect_seldom() -> None:
+    """Let the collector of reference cycles pause this process less often.
+
+    Rows and messages by the thousand live for a step each. At Python's own thresholds they set off collections of everything there is,
+    a prefix tree of many thousand nodes and its queue among it, for tens of milliseconds; yet next to nothing here lies in cycles.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 async def _live(process: Process, union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
@@ -150,6 +162,7 @@ async def _live(process: Process, union: object, build: Callable[[Process], Awai
         loop.add_signal_handler(number, stopped.set)
     mailbox = Mailbox(process.context, process.address(process.name), union | ToChild)
     actor = await build(process)
+    collect_seldom()
     mailbox.open(_WithLifecycle(process, actor))
     process.send(SUPERVISOR, Started(process.name, process.incarnation, process.detail))
     await stopped.wait()

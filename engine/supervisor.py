@@ -16,6 +16,7 @@ It never touches a request. SIGINT ends everything at once; SIGTERM drains first
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import shutil
@@ -96,6 +97,7 @@ class Supervisor:
         self._unopened = self._servers & set(self._children)
         """Servers that do not know yet that the engine is ready for the first time."""
         self._deaths: deque[float] = deque()
+        self._incarnations = itertools.count(1)
         self._state = "starting"
         self._metrics = Metrics()
         self._census = Census(self._post, self._children, self._metrics, lambda: self._state)
@@ -173,11 +175,12 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         child.restarts += 1
+        child.incarnation = next(self._incarnations)
         child.state = "starting" if child.restarts == 0 else "restarting"
         child.born = time.monotonic()
         child.owes_since = None
         command = [sys.executable, "-m", child.spec.module, str(self._run_dir), child.spec.name]
-        command += [str(time.time_ns() & 0xFFFFFFFFFFF), str(self._death_read)]
+        command += [str(child.incarnation), str(self._death_read)]
         # A session of its own: Ctrl-C in the terminal is for the supervisor, which tells the children.
         # OpenMP's threads must not spin for cores that other processes of the engine need.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
@@ -245,7 +248,9 @@ class Supervisor:
             # Not to one that is still starting: it would read this late, when it knows the successor already, and take that for dead.
             # It has asked nothing of the dead one, or will ask again: whoever starts announces itself to its peers.
             if other is not child and other.process and other.state == "ready":
-                self._post.send(other.spec.name, PeerDied(name, by_itself=not child.doomed and status != -signal.SIGKILL))
+                self._post.send(
+                    other.spec.name, PeerDied(name, child.incarnation, by_itself=not child.doomed and status != -signal.SIGKILL)
+                )
         if child.doomed:
             child.doomed = False
             self._start(child)

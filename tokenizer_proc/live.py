@@ -60,6 +60,7 @@ class Live:
             deadline=generate.deadline,
             answer=generate.answer,
             trace=generate.trace,
+            attempt=generate.attempt,
         )
         self.expected = len(self.tokens)
         """Tokens that are known to exist. More than `tokens` has, while some are still to be told again."""

@@ -78,6 +78,8 @@ class TokenizerActor:
         self._tokenizer = tokenizer
         self._templates = templates
         self._spelling = tokenizer.spelling
+        self._scheduler = -1
+        """The latest incarnation of the scheduler that said it is up."""
         self._live: dict[int, Live] = {}
         self._jobs: dict[int, Job] = {}
         """Requests whose prompt is on a thread."""
@@ -107,8 +109,9 @@ class TokenizerActor:
                     failed = Failed(message.request, message.status, message.code, message.message, None, message.retry_after)
                     self._tell(live.frontend, failed)
             case SchedulerUp():
+                self._scheduler = max(self._scheduler, message.incarnation)
                 self._submit_again()
-            case PeerDied(name=name) if name == SCHEDULER:
+            case PeerDied(name=name, incarnation=incarnation) if name == SCHEDULER and incarnation >= self._scheduler:
                 self._process.post.forget(SCHEDULER)
 
     def _receive_frontend(self, frontend: bytes, message: Message) -> None:

@@ -55,6 +55,8 @@ class Worker:
         self._rank = rank
         self._runner = runner
         self._epoch = -1
+        self._scheduler = -1
+        """The latest incarnation of the scheduler that said hello."""
         self._ledger: Ledger | None = None
         self._announce()
 
@@ -63,12 +65,14 @@ class Worker:
             case Plan():
                 self._step(message)
             case Begin():
-                self._epoch = message.epoch
-                self._ledger = Ledger(message)
+                if message.epoch > self._epoch:
+                    self._epoch = message.epoch
+                    self._ledger = Ledger(message)
             case Hello():
+                self._scheduler = max(self._scheduler, message.incarnation)
                 self._announce()
-            case PeerDied():
-                self._process.post.forget(message.name)
+            case PeerDied(name=name, incarnation=incarnation) if name == SCHEDULER and incarnation >= self._scheduler:
+                self._process.post.forget(SCHEDULER)
 
     def settle(self) -> None:
         """Nothing waits for the end of a burst."""

@@ -1,7 +1,8 @@
 """The ledger proper: a replicated state machine over plans and results.
 
 Every worker rank and the scheduler hold one. Each applies `Plan k`, then commits `StepResult k`, then plan k+1, …; the page
-tables follow, and nothing else decides them. A digest over every page that changed hands shows whether two ledgers agree.
+tables follow, and nothing else decides them. A digest over every page that changed hands, every token emitted and the place where every row
+starts shows whether two ledgers agree.
 
     apply(plan)      abort ─ preempt ─ admit ─ for each that runs: match the cache, take pages ──▶ rows to compute
     commit(result)   for each row: emitted tokens are appended, full pages enter the tree, ended requests are released
@@ -13,6 +14,9 @@ reads it.
 from array import array
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import repeat
+
+import msgspec
 
 from headrace.engine.ledger.pages import PagePool
 from headrace.engine.ledger.radix import Node, RadixTree
@@ -24,8 +28,7 @@ class LedgerError(Exception):
     """A plan or result that does not fit the ledger: its sender and this process disagree on the state."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, gc=False):
     """Work of one request in one step: tokens `start … start + length - 1` of its sequence."""
 
     sequence: Sequence
@@ -93,15 +96,20 @@ class Ledger:
             self.sequences[admit.request] = self.sequence_of(admit)
             self._events.extend((1, admit.request & 0x7FFFFFFFFFFFFFFF))
         # All matches come before any eviction, so that no row of this plan evicts what a later one counts on.
-        starting = [
-            (self._sequence(request), length, lookahead)
-            for request, length, lookahead in zip(plan.run, plan.lengths, plan.lookahead or [0] * len(plan.run), strict=True)
-            if not plan.ahead or request in self.sequences
-        ]
-        for sequence, _, _ in starting:
-            if not sequence.pages:
-                self._match(sequence)
+        starting: list[tuple[Sequence, int, int]] = []
+        known = self.sequences
+        if not len(plan.run) == len(plan.lengths) == len(plan.lookahead or plan.run):
+            raise LedgerError(f"the columns of plan {plan.step} differ in length")
+        for request, length, lookahead in zip(plan.run, plan.lengths, plan.lookahead or repeat(0), strict=False):
+            if request in known:
+                sequence = known[request]
+                starting.append((sequence, length, lookahead))
+                if not sequence.pages:
+                    self._match(sequence)
+            elif not plan.ahead:
+                raise LedgerError(f"request {request:x} is not in the ledger")
         self._rows = [self._grow(sequence, length, lookahead) for sequence, length, lookahead in starting]
+        self._events.extend([row.start for row in self._rows])
         self._seal()
         return self._rows
 
@@ -109,32 +117,38 @@ class Ledger:
         """Take the result of the plan applied last; the requests that it ended, already released."""
         if result.step != self.step or self._rows is None:
             raise LedgerError(f"result {result.step} came where {'plan' if self._rows is None else 'result'} {self.step} was due")
+        if sum(result.counts) != len(result.tokens):
+            raise LedgerError(f"result {result.step} counts {sum(result.counts)} tokens and has {len(result.tokens)}")
         rows, self._rows = self._rows, None
         ended: list[Ended] = []
         emitting = iter(zip(result.requests, result.counts, strict=True))
-        position = 0
+        emitted, position = result.tokens, 0
+        size = self.page_size
+        self._events.extend(emitted)
         for row in rows:
             sequence = row.sequence
-            sequence.computed += row.length
             if row.emits:
                 request, count = next(emitting, (None, 0))
                 if request != sequence.request:
                     raise LedgerError(f"result {result.step} has tokens of {request}, those of {sequence.request} were due")
                 if count > row.lookahead + 1:
                     raise LedgerError(f"result {result.step} has {count} tokens of {request}, which had room for {row.lookahead + 1}")
+                tokens, end_tokens = sequence.tokens, sequence.end_tokens
                 # A row that was to emit and did not has failed: the model gave nothing to choose from.
                 reason = None if count else "error"
-                for token in result.tokens[position : position + count]:
-                    # The row's own last token gave the first; each further one was a draft, which is computed by now.
-                    sequence.computed = len(sequence.tokens)
-                    sequence.tokens.append(token)
-                    self._events.append(token)
-                    if reason := sequence.ends_with(token):
+                # The row's own last token gave the first; each further one was a draft, which is computed by now.
+                computed = len(tokens)
+                for place in range(position, position + count):
+                    computed = len(tokens)
+                    tokens.append(token := emitted[place])
+                    if (computed + 1 >= sequence.limit or token in end_tokens) and (reason := sequence.ends_with(token)):
                         break
                 position += count
             else:
-                reason = "length" if sequence.remaining == 0 else None
-            if sequence.computed // self.page_size > len(sequence.nodes):
+                computed = sequence.computed + row.length
+                reason = "length" if computed == len(sequence.tokens) else None
+            sequence.computed = computed
+            if computed // size > len(sequence.nodes):
                 self._publish(sequence)
             if reason:
                 ended.append(Ended(sequence, reason))
@@ -210,14 +224,15 @@ class Ledger:
 
     def _grow(self, sequence: Sequence, length: int, lookahead: int) -> Row:
         """Make room for `length` more tokens, and for as many drafts behind them as the request could still emit."""
-        start = sequence.computed
-        if not 0 < length <= len(sequence.tokens) - start:
-            raise LedgerError(f"{length} tokens to compute of request {sequence.request:x}, which has {sequence.remaining}")
+        start, known = sequence.computed, len(sequence.tokens)
         end = start + length
-        emits = end == len(sequence.tokens) and sequence.max_tokens > 0
-        lookahead = min(lookahead, sequence.max_tokens - sequence.emitted - 1) if emits else 0
-        pages = sequence.pages
-        while len(pages) * self.page_size < end + lookahead:
+        if length <= 0 or end > known:
+            raise LedgerError(f"{length} tokens to compute of request {sequence.request:x}, which has {sequence.remaining}")
+        emits = end == known and sequence.max_tokens > 0
+        if lookahead:
+            lookahead = min(lookahead, sequence.limit - known - 1) if emits else 0
+        pages, size = sequence.pages, self.page_size
+        while len(pages) * size < end + lookahead:
             page = self._take()
             pages.append(page)
             self._events.append(page)

@@ -19,6 +19,7 @@ class Sequence:
         "computed",
         "end_tokens",
         "last_run",
+        "limit",
         "lookahead",
         "max_tokens",
         "nodes",
@@ -43,6 +44,8 @@ class Sequence:
         self.sampling = sampling
         self.seed = seed
         self.max_tokens = sampling.max_tokens or 0
+        self.limit = self.prompt + self.max_tokens
+        """Tokens that it may have, prompt and output together."""
         self.end_tokens = end_tokens
         """Tokens that end it: stop tokens, and the model's own unless they are to be ignored."""
         self.computed = 0
@@ -91,4 +94,4 @@ class Sequence:
         """Why the request is over now that `token` is its last, or None."""
         if token in self.end_tokens and self.emitted >= self.sampling.min_tokens:
             return "stop"
-        return "length" if self.emitted >= self.max_tokens else None
+        return "length" if len(self.tokens) >= self.limit else None

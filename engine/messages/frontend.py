@@ -73,6 +73,8 @@ class Generate(Message):
     that cannot be gone on with."""
     trace: str = ""
     """The `traceparent` of the span that this is a part of (W3C Trace Context), if there is one."""
+    attempt: int = 0
+    """How often it was sent to a tokenizer before, which died."""
 
 
 class Abort(Message):

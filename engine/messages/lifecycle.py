@@ -117,9 +117,12 @@ class NewModel(Message):
 
 
 class PeerDied(Message):
-    """A sibling process has died; its successor comes by itself. Told to every child at once."""
+    """A sibling process has died; its successor comes by itself. Told to every child at once, but read in no order with what others say:
+    who has heard of the successor before knows by `incarnation` that this is not about it."""
 
     name: str
+    incarnation: int
+    """Of the one that died; its successors' are greater."""
     by_itself: bool = False
     """It crashed; not so if it was killed from outside, or together with another."""
 

@@ -25,11 +25,14 @@ class WorkerUp(Message):
 class Hello(Message):
     """The scheduler has (re)started: answer with `WorkerUp`."""
 
+    incarnation: int
+
 
 class Begin(Message):
     """Start an epoch: forget every request, every page and every prefix; the next plan is step 0 of this epoch."""
 
     epoch: int
+    """Greater than those before, also those of schedulers before; what comes late from one of these starts nothing."""
     pages: int
     page_size: int
     end_tokens: tuple[int, ...]

@@ -31,6 +31,8 @@ class Submit(Message):
     """See `Generate.answer`."""
     trace: str = ""
     """See `Generate.trace`."""
+    attempt: int = 0
+    """See `Generate.attempt`. The tokenizer of the latest one gets the tokens: what a dead one sent may come after its heir's."""
 
 
 class Cancel(Message):

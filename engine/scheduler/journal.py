@@ -16,6 +16,7 @@ class Entry:
 
     __slots__ = (
         "arrived",
+        "attempt",
         "cached",
         "chunks",
         "emitted",
@@ -36,6 +37,7 @@ class Entry:
         self.submit = submit
         self.reply_to = submit.reply_to
         """The tokenizer that gets its tokens; another one after a death."""
+        self.attempt = submit.attempt
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.arrived = arrived
@@ -54,7 +56,8 @@ class Entry:
         self.suspicion = Suspicion()
         self.pace = Pace()
         self.sequence: Sequence | None = None
-        """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs."""
+        """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs, and while an
+        earlier life of the request is in the ledger still."""
 
     def admit(self) -> Admit:
         """What workers must know to continue it."""
@@ -79,6 +82,8 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
+        self.get = self._entries.get
+        """The entry of a live request, None for others."""
         self.prompt_tokens = 0
         """Of all live requests together."""
 
@@ -92,9 +97,6 @@ class Journal:
         entry = self._entries[submit.request] = Entry(submit, now)
         self.prompt_tokens += len(submit.prompt)
         return entry
-
-    def get(self, request: int) -> Entry | None:
-        return self._entries.get(request)
 
     def close(self, request: int) -> Entry | None:
         """Forget a request that is over; None when it is not known."""

@@ -14,6 +14,7 @@ Many newcomers with the same new prefix: the first computes it, the others wait 
 Suspects, of whom a worker may have died, run alone: should another die, it is known why.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
@@ -68,10 +69,8 @@ def plan(
             running = [sequence for sequence in running if sequence not in decision.preempt]
     left = list(running)
     """Running sequences that are not preempted."""
-    decodes: list[Sequence] = []
-    prefills: list[Sequence] = []
-    for sequence in running:
-        (decodes if len(sequence.tokens) - sequence.computed == 1 else prefills).append(sequence)
+    prefills = [sequence for sequence in running if len(sequence.tokens) - sequence.computed != 1]
+    decodes = [sequence for sequence in running if len(sequence.tokens) - sequence.computed == 1] if prefills else list(running)
     if tenants:
         prefills.sort(key=lambda sequence: (sequence.priority, tenants.served(sequence.tenant), sequence.arrived))
     available = ledger.available + sum(ledger.pages_freed_by(victim) for victim in decision.preempt)
@@ -97,20 +96,22 @@ def plan(
         return True
 
     spare = _spare(decode_budget, len(decodes))
+    size = ledger.page_size
     order = {sequence.request: place for place, sequence in enumerate(running)} if len(decodes) != len(running) else None
     if order:
         decodes.sort(key=lambda sequence: order[sequence.request])
     for sequence in decodes:
-        if sequence.request in preempted:
+        if preempted and sequence.request in preempted:
             continue
-        lookahead = _lookahead(sequence, spare, 1)
-        pages = ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages)
-        if pages > available:
-            lookahead = 0
-            pages = ledger.pages_for(sequence.computed + 1) - len(sequence.pages)
-            if pages > available and not make_room(sequence, pages):
-                continue
-        available -= max(0, pages)
+        lookahead = _lookahead(sequence, spare, 1) if sequence.lookahead else 0
+        if sequence.computed + 1 + lookahead > len(sequence.pages) * size:
+            pages = ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages)
+            if pages > available:
+                lookahead = 0
+                pages = max(0, ledger.pages_for(sequence.computed + 1) - len(sequence.pages))
+                if pages > available and not make_room(sequence, pages):
+                    continue
+            available -= pages
         budget -= 1 + lookahead
         decision.run.append((sequence, 1))
         decision.lookahead.append(lookahead)
@@ -205,14 +206,16 @@ def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], lim
     decision = Decision()
     if len(rows) != len(running) or not all(row.emits for row in rows):
         return decision
-    going_on = [row for row in rows if row.sequence.emitted + 1 < row.sequence.max_tokens]
+    going_on = [row for row in rows if len(row.sequence.tokens) + 1 < row.sequence.limit]
     spare = _spare(limits.max_step_tokens, len(going_on))
+    size = ledger.page_size
     available = ledger.available
     for row in going_on:
         sequence = row.sequence
-        lookahead = _lookahead(sequence, spare, 2)
-        known = row.start + row.length + row.lookahead + 1
-        available -= max(0, ledger.pages_for(known + lookahead) - len(sequence.pages))
+        lookahead = _lookahead(sequence, spare, 2) if sequence.lookahead else 0
+        known = row.start + row.length + row.lookahead + 1 + lookahead
+        if known > len(sequence.pages) * size:
+            available -= ledger.pages_for(known) - len(sequence.pages)
         decision.run.append((sequence, 1))
         decision.lookahead.append(lookahead)
     return decision if available >= 0 else Decision()
@@ -225,7 +228,7 @@ def _spare(budget: int, decodes: int) -> int:
 
 def _lookahead(sequence: Sequence, spare: int, coming: int) -> int:
     """Drafts to verify in a step by whose end at least `coming` more tokens will have been emitted."""
-    return max(0, min(sequence.lookahead, spare, sequence.max_tokens - sequence.emitted - coming))
+    return max(0, min(sequence.lookahead, spare, sequence.limit - len(sequence.tokens) - coming))
 
 
 def _admit(
@@ -243,6 +246,8 @@ def _admit(
         planned = next((length for other, length in decision.run if other is sequence), 0)
         held = max(len(sequence.pages), ledger.pages_for(sequence.computed + planned))
         available -= _pages_to_start(ledger, sequence) - held
+    leaving = Counter(node.page for victim in decision.preempt for node in victim.nodes)
+    """How many of those who use a cached page are to be preempted."""
     coming = {link for sequence in prefills for link in sequence.chain(size)[sequence.computed // size :]}
     locked: set[int] = set()
     passed_over = 0
@@ -256,7 +261,7 @@ def _admit(
         if len(path) < most and sequence.chain(size)[len(path)] in coming:
             passed_over += 1
             continue
-        idle = [node.page for node in path if node.users == 0 and node.page not in locked]
+        idle = [node.page for node in path if node.users == leaving[node.page] and node.page not in locked]
         pages = _pages_to_start(ledger, sequence) - len(path) + len(idle)
         if pages > available:
             return

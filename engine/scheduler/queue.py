@@ -35,7 +35,7 @@ class Queue:
     def __len__(self) -> int:
         return len(self._all)
 
-    def __contains__(self, request: int) -> bool:
+    def __contains__(self, request: object) -> bool:
         return request in self._all
 
     def add(self, sequence: Sequence) -> None:

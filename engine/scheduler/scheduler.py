@@ -80,7 +80,7 @@ class Scheduler:
         self._traces = Traces(process.model.name)
         process.progress = self.progress
         for name in self._ranks.names:
-            process.send(name, Hello())
+            process.send(name, Hello(process.incarnation))
         for name in tokenizer_names(config):
             process.send(name, SchedulerUp(process.incarnation))
 
@@ -103,8 +103,9 @@ class Scheduler:
                     if self._ranks.ready:
                         self._begin_epoch()
             case PeerDied():
-                self._process.post.forget(message.name)
-                if self._ranks.leave(message.name):
+                # What waits for a tokenizer its successor may have: it tells by the request what is meant for it.
+                if self._ranks.leave(message.name, message.incarnation):
+                    self._process.post.forget(message.name)
                     self._implicate(message.by_itself)
                     self._leave_epoch()
             case Drain():
@@ -207,10 +208,19 @@ class Scheduler:
     def _fail(self, entry: Entry, status: int, code: str, message: str) -> None:
         """End a request with an error."""
         self._close(entry.submit.request, code)
+        self._tell_failure(entry, status, code, message)
+
+    def _tell_failure(self, entry: Entry, status: int, code: str, message: str) -> None:
+        """The last word on a request, after all of its tokens."""
+        if tokens := self._outgoing.pop(entry.reply_to, None):
+            self._process.send(entry.reply_to, tokens)
         self._process.send(entry.reply_to, Refused(entry.submit.request, status, code, message))
 
     def _tell_again(self, entry: Entry, submit: Submit) -> None:
         """A tokenizer asks for a request that is running: it has taken it over from one that died, and lacks what came since."""
+        if submit.attempt < entry.attempt:
+            return
+        entry.attempt = submit.attempt
         entry.reply_to = submit.reply_to
         outgoing = self._outgoing_for(submit.reply_to)
         have = len(submit.emitted)
@@ -223,6 +233,10 @@ class Scheduler:
 
     def _enqueue(self, entry: Entry, ledger: Ledger) -> None:
         submit = entry.submit
+        if submit.request in ledger.sequences:
+            # It was ended here and is submitted again, before the workers have heard of its end. Its second life begins after that.
+            assert submit.request in self._aborts
+            return
         most = len(submit.prompt) + (submit.sampling.max_tokens or 0)
         if ledger.pages_for(most) > ledger.pool.total:
             room = ledger.pool.total * ledger.page_size
@@ -292,6 +306,9 @@ class Scheduler:
         self._fly(epoch, message)
         for name in self._ranks.names:
             self._process.send(name, message)
+        for request in message.abort:
+            if (entry := self._journal.get(request)) and entry.sequence is None:
+                self._enqueue(entry, ledger)
         if decision.preempt:
             self._preempted(decision.preempt)
         if decision.start:
@@ -365,7 +382,7 @@ class Scheduler:
             else:
                 chunk += row.length
                 self._tenants.charge(sequence.tenant, row.length, 0)
-                if entry := self._journal.get(sequence.request):
+                if entry := self._running_entry(sequence.request):
                     entry.chunks += 1
         self._speed.observe(decodes, chunk, result.times.total * 1e-9)
         self._work.add(decodes + chunk, now)
@@ -375,46 +392,54 @@ class Scheduler:
         for request, count, drafted in zip(result.requests, result.counts, result.drafted or [0] * len(result.counts), strict=True):
             accepted = max(0, count - 1)
             self._meters.drafts(drafted, accepted)
-            if entry := self._journal.get(request):
+            if entry := self._running_entry(request):
                 entry.pace.verified(drafted, accepted)
                 if sequence := ledger.sequences.get(request):
                     sequence.lookahead = entry.pace.lookahead
 
     def _hand_out(self, result: StepResult, ended: dict[int, Ended], now: float) -> None:
-        journal = self._journal
-        position = 0
+        find, tokens, position = self._journal.get, result.tokens, 0
+        served: dict[str, int] = {}
+        receiver = None
+        to_requests, to_index, to_tokens = [], [], []
         for request, count in zip(result.requests, result.counts, strict=True):
-            entry = journal.get(request)
-            if entry is not None:
-                outgoing = self._outgoing_for(entry.reply_to)
+            entry = find(request)
+            if entry is not None and entry.sequence is not None:
+                if entry.reply_to != receiver:
+                    receiver = entry.reply_to
+                    outgoing = self._outgoing_for(receiver)
+                    to_requests, to_index, to_tokens = outgoing.requests, outgoing.index, outgoing.tokens
                 emitted = entry.emitted
                 # A request that ended within its count has fewer tokens in the ledger than in the result.
-                count_taken = ended[request].sequence.emitted - len(emitted) if request in ended else count
-                for token in result.tokens[position : position + count_taken]:
-                    outgoing.requests.append(request)
-                    outgoing.index.append(len(emitted))
-                    outgoing.tokens.append(token)
+                taken = ended[request].sequence.emitted - len(emitted) if request in ended else count
+                for place in range(position, position + taken):
+                    to_requests.append(request)
+                    to_index.append(len(emitted))
+                    to_tokens.append(token := tokens[place])
                     emitted.append(token)
-                self._meters.emitted_tokens.add(count_taken)
-                self._tenants.charge(entry.submit.tenant, 0, count_taken)
+                tenant = entry.submit.tenant
+                served[tenant] = served.get(tenant, 0) + taken
                 if entry.first_token is None:
                     entry.first_token = now
-                if entry.worker_deaths and entry.sequence is not None:
+                if entry.worker_deaths:
                     entry.sequence.suspect = entry.suspect
             position += count
+        for tenant, taken in served.items():
+            self._meters.emitted_tokens.add(taken)
+            self._tenants.charge(tenant, 0, taken)
         for scores in result.logprobs:
-            if entry := journal.get(scores.request):
+            if entry := self._running_entry(scores.request):
                 entry.logprobs.append(scores)
                 self._outgoing_for(entry.reply_to).logprobs.append(scores)
         for scores in result.prompt_logprobs:
-            if entry := journal.get(scores.request):
+            if entry := self._running_entry(scores.request):
                 entry.prompt_logprobs.append(scores)
                 self._outgoing_for(entry.reply_to).prompt_logprobs.append(scores)
         if ended:
             for request, end in ended.items():
-                if entry := self._forget(request, end.reason):
+                if self._running_entry(request) and (entry := self._forget(request, end.reason)):
                     if end.reason == "error":
-                        self._process.send(entry.reply_to, Refused(request, 500, "invalid_logits", NO_LOGITS))
+                        self._tell_failure(entry, 500, "invalid_logits", NO_LOGITS)
                     else:
                         self._tell_end(entry, entry.end(end.reason, now))
             self._running = [sequence for sequence in self._running if sequence.request not in ended]
@@ -429,6 +454,11 @@ class Scheduler:
 
     def _tell_end(self, entry: Entry, end: TokenEnd) -> None:
         self._outgoing_for(entry.reply_to).ends.append(end)
+
+    def _running_entry(self, request: int) -> Entry | None:
+        """The entry of a request that a step has run. None if it is over, be it that it has been submitted again since."""
+        entry = self._journal.get(request)
+        return entry if entry is not None and entry.sequence is not None else None
 
     def _entry(self, request: int) -> Entry:
         entry = self._journal.get(request)

@@ -54,11 +54,11 @@ async def test_messages_arrive_in_order_and_a_burst_settles_once(context, tmp_pa
 
 async def test_what_is_sent_before_the_peer_is_there_waits_for_it(context, tmp_path):
     outbox = Outbox(context, endpoint(tmp_path, "late"))
-    outbox.send(Hello())
+    outbox.send(Hello(1))
     mailbox, actor = Mailbox(context, endpoint(tmp_path, "late"), ToWorker), Collector()
     mailbox.open(actor)
     await actor.until(1)
-    assert actor.messages == [Hello()]
+    assert actor.messages == [Hello(1)]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ async def test_a_hostile_frame_is_counted_and_the_next_message_still_arrives(con
     stranger = context.socket(zmq.PUSH)
     stranger.connect(endpoint(tmp_path, "a"))
     stranger.send(frame)
-    stranger.send(encode(Hello()))
+    stranger.send(encode(Hello(1)))
     await actor.until(1)
-    assert actor.messages == [Hello()]
+    assert actor.messages == [Hello(1)]
     assert mailbox.bad_frames == 1
 
 

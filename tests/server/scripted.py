@@ -148,7 +148,7 @@ class Stage:
     def tokenizer_dies(self) -> None:
         """The first tokenizer; its successor stands where it stood."""
         self.desk.close()
-        self.server.receive(PeerDied("tokenizer-0"))
+        self.server.receive(PeerDied("tokenizer-0", 1))
         self.desks[0] = ScriptedDesk(self.run_dir)
 
     async def complete_and_finish(self) -> str:

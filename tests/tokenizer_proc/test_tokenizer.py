@@ -447,7 +447,7 @@ async def test_a_new_scheduler_gets_live_requests_with_the_tokens_they_have(stag
     await stage.cancelled()
     stage.frontend.send(Abort((3,)))
     await stage.cancelled(2)
-    stage.tell(PeerDied("scheduler"))
+    stage.tell(PeerDied("scheduler", 1))
     stage.tell(SchedulerUp(2))
     submits = await stage.submitted(6)
     assert [(submit.request, submit.emitted) for submit in submits[4:]] == [(1, [19556, 28]), (4, [])]

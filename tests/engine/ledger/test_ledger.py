@@ -202,6 +202,24 @@ def test_a_plan_that_does_not_fit_is_refused(spoil):
         ledger.apply(Plan(**fields))
 
 
+def test_a_ledger_that_has_computed_less_or_would_take_another_page_has_another_digest_after_its_next_step():
+    def flip_progress(ledger: Ledger) -> None:
+        ledger.sequences[1].computed ^= 1
+
+    def flip_free_page(ledger: Ledger) -> None:
+        ledger.pool._free[-1] ^= 1
+
+    for flip in (flip_progress, flip_free_page):
+        ledger, twin = Ledger(begin()), Ledger(begin())
+        for one in (ledger, twin):
+            step(one, {1: 7}, [admit(1, list(range(8)))])
+        flip(twin)
+        plan = plan_of(ledger, {1: 1}, lookahead=[2])
+        ledger.apply(plan)
+        twin.apply(plan)
+        assert twin.digest != ledger.digest
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), pages=st.integers(6, 40), prefix_cache=st.booleans())
 def test_any_trace_keeps_every_invariant_and_two_ledgers_alike(data, pages, prefix_cache):

@@ -255,6 +255,19 @@ def test_a_tenant_with_more_than_its_share_of_the_places_gives_one_up():
     assert sorted(sequence.tenant for sequence in trace.running) == ["few", "few", "many", "many"]
 
 
+def test_cached_pages_of_one_who_has_to_go_are_not_counted_twice_when_a_newcomer_starts_from_them():
+    trace = Trace(6, Limits(4, 64))
+    trace.submit(1, [1] * 4, 50, tenant="many")
+    trace.submit(2, [2] * 8, 50, tenant="many")
+    trace.step()
+    trace.step()
+    trace.submit(3, [3] * 7, 4, tenant="few")
+    trace.submit(4, [2] * 4 + [9] * 7, 4, tenant="few")
+    decision = trace.step()
+    assert [sequence.request for sequence in decision.preempt] == [2]
+    assert [sequence.request for sequence in decision.start] == [3]
+
+
 def test_a_prompt_of_a_tenant_that_got_less_takes_most_of_the_budget():
     trace = Trace(1024, Limits(64, 16))
     for request in range(1, 15):

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from headrace.engine.messages.lifecycle import Drain, Drained, Restart
+from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Plan
-from headrace.engine.messages.tokens import Cancel, SchedulerUp, Tokens
+from headrace.engine.messages.tokens import Cancel, SchedulerUp, Submit, Tokens
 from headrace.workers.fake import fake_token
 from tests.engine.scheduler.stage import MODEL, Stage
 
@@ -105,6 +106,35 @@ async def test_a_tokenizer_that_takes_a_request_over_gets_what_it_lacks(stage):
     stage.submit(1, [1, 2, 3], 60, emitted=expected(1, 5), sampling={"logprobs": 0})
     await stage.tokenizer.all_ended([1])
     assert stage.tokenizer.tokens[1] == expected(1, 60)
+
+
+async def test_the_tokens_go_to_the_latest_heir_of_a_request_though_who_died_before_is_heard_of_later(stage):
+    stage.start_worker()
+    scheduler = stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 30, attempt=1)
+    await stage.tokenizer.until(lambda _: 1 in stage.tokenizer.tokens)
+    dead = Submit(1, "tokenizer-9", [1, 2, 3], Sampling(max_tokens=30, ignore_eos=True), seed=1)
+    stage.send("scheduler", dead)
+    await stage.tokenizer.all_ended([1])
+    assert stage.tokenizer.tokens[1] == expected(1, 30)
+    assert scheduler.progress().running == 0
+
+
+@DRAFTING
+async def test_a_request_that_comes_again_before_its_abort_is_known_starts_anew(stage):
+    stage.start_worker()
+    scheduler = stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 60)
+    await stage.tokenizer.until(lambda _: len(stage.tokenizer.tokens.get(1, [])) > 5)
+    stage.tokenizer.tokens.clear()
+    stage.tokenizer.accept_repeats = True
+    # In one burst, so that no plan lies between.
+    scheduler.receive(Cancel((1,), "abort"))
+    scheduler.receive(Submit(1, "tokenizer-0", [1, 2, 3], Sampling(max_tokens=60, ignore_eos=True), seed=1))
+    scheduler.settle()
+    await stage.tokenizer.until(lambda _: 1 in stage.tokenizer.ends and stage.tokenizer.ends[1].reason == "length")
+    assert stage.tokenizer.tokens[1] == expected(1, 60)
+    assert scheduler._epoch.ledger.available == 64
 
 
 async def test_what_is_submitted_again_with_all_its_tokens_only_ends(stage):
