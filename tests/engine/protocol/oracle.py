@@ -82,8 +82,6 @@ class PagedRunner:
     def __init__(self, pages: int, page_size: int) -> None:
         self.pages = pages
         self.page_size = page_size
-        self.most_emitted = 0
-        """Tokens that a row emitted in one step at most."""
         self._kv = array("I", bytes(4 * pages * page_size))
         self._drafter = NGram()
 
@@ -105,7 +103,6 @@ class PagedRunner:
                 continue
             ask = Ask(tuple(sequence.tokens[: sequence.prompt]), sequence.seed, sequence.sampling)
             emitted = self._verify(ask, after[row.length - 1 :], draft, list(sequence.tokens), sequence.emitted)
-            self.most_emitted = max(self.most_emitted, len(emitted))
             outcome.tokens.append(emitted)
             if drafting:
                 outcome.drafted.append(len(draft))

@@ -5,6 +5,7 @@ check can fail is shown by planting faults, each of which it must find.
 """
 
 import logging
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -25,6 +26,7 @@ SHORT = settings(
     max_examples=210,
     stateful_step_count=50,
     derandomize=True,
+    deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate, Phase.shrink],
@@ -54,6 +56,8 @@ class Protocol(RuleBasedStateMachine):
     ledger: type[Ledger] = Ledger
     steps = 0
     """Rules that were run, over all examples."""
+    seen: Counter[str] = Counter()
+    """What happened, over all examples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +120,7 @@ class Protocol(RuleBasedStateMachine):
             try:
                 if not self.world.broken:
                     self.world.come_to_rest()
+                    self.seen.update(self.world.seen)
             finally:
                 self.world.close()
 
@@ -128,13 +133,17 @@ def quiet(caplog):
 
 def check(machine: type[Protocol], chosen: settings) -> None:
     machine.steps = 0
+    machine.seen.clear()
     run_state_machine_as_test(machine, settings=chosen)
 
 
 def test_every_request_ends_once_with_its_tokens_whatever_happens():
     check(Protocol, SHORT)
-    print(f"{Protocol.steps} steps")
+    print(f"{Protocol.steps} steps:", *(f"{count} {what}" for what, count in sorted(Protocol.seen.items())), sep="\n")
     assert Protocol.steps >= 10_000
+    kinds = ("plans ahead", "preemptions", "aborts", "rows from the cache", "rows of several tokens", "divergences")
+    assert all(Protocol.seen[kind] > 20 for kind in kinds)
+    assert {"stop", "length", "invalid_logits", "timeout"} <= {what.removeprefix("ended: ") for what in Protocol.seen}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Whatever a test does to it goes through the methods here, each of which ends wit
     what a request has is what it is owed so far       a divergence is claimed only where there is one, and at its own step
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from unittest.mock import patch
@@ -45,6 +46,8 @@ class World:
         """The ledger that was tampered with, by epoch."""
         self._parted: list[int] = []
         """Steps in which a ledger that was tampered with became another, for which no restart was asked yet."""
+        self.seen: Counter[str] = Counter()
+        """What has happened, so that a test can tell that it has."""
         self.broken = False
         """Something was found that must not be."""
         self._next = 0
@@ -177,6 +180,9 @@ class World:
             raise AssertionError(f"request {request & 0xFFFFFFFF} never ends; it has {len(asked.tokens)} of {len(answer(asked.ask)[0])}")
         for asked, why in self.ended.values():
             self._check_end(asked, why)
+            self.seen[f"ended: {why}"] += 1
+        self.seen["divergences"] += len(self._parted_epochs)
+        self.seen.update({f"deaths: {name}": count for name, count in self.network.deaths.items()})
         # Deadlines of requests that are over are forgotten in their time.
         self.pass_time(1e6)
         self._deliver_all()
@@ -265,11 +271,16 @@ class World:
 
             def apply(self, plan: Plan) -> list[Row]:
                 rows = super().apply(plan)
+                world.seen["plans ahead"] += plan.ahead
+                world.seen["preemptions"] += len(plan.preempt)
+                world.seen["aborts"] += len(plan.abort)
+                world.seen["rows from the cache"] += sum(row.start == row.sequence.cached > 0 for row in rows)
                 world._compare(self, True)
                 return rows
 
             def commit(self, result: StepResult) -> list[Ended]:
                 ended = super().commit(result)
+                world.seen["rows of several tokens"] += sum(count > 1 for count in result.counts)
                 world._compare(self, False)
                 return ended
 
