@@ -31,6 +31,7 @@ using wide::Widest;
 constexpr int64_t BLOCK = 64;
 constexpr int64_t SPLIT = 256;
 constexpr int64_t TILE_ROWS = 48;
+constexpr int64_t ALONE = 16;  // rows of a tile up to which memory is slower than what they do with it
 constexpr int TALL = 6;  // rows whose sums for SIDE vectors stay in registers together
 constexpr int SIDE = wide::WIDTH > LANES ? 4 : 2;
 constexpr int GROUPS = BLOCK / LANES;  // vectors of positions a block
@@ -259,6 +260,19 @@ inline void soften(float* scores, int64_t from, int64_t to, int64_t width, float
     state[1] += sum(total);
 }
 
+// Asks memory for the values of the block that begins here, and for the keys of the one behind it: pages lie anywhere, so that the machine
+// guesses nothing from the page before.
+template <class T>
+void fetch(const Pages<T>& pages, const int32_t* table, int64_t begin, int64_t end) {
+    auto lines = [](const T* from, const T* to) {
+        for (const char *at = reinterpret_cast<const char*>(from), *last = reinterpret_cast<const char*>(to); at < last; at += 64)
+            __builtin_prefetch(at, 0, 3);
+    };
+    const int64_t size = pages.page_size, middle = std::min(begin + BLOCK, end), behind = std::min(begin + 2 * BLOCK, end);
+    for (int64_t page = begin / size; page * size < middle; page++) lines(pages.value(table[page], 0), pages.value(table[page], size));
+    for (int64_t page = middle / size; page * size < behind; page++) lines(pages.keys(table[page]), pages.keys(table[page]) + pages.keys_size);
+}
+
 struct Row {
     const float* q;
     float* out;
@@ -306,6 +320,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
         while (from_row < to_row && row[from_row].last < block.begin) from_row++;
         while (to_row > from_row && row[to_row - 1].first >= block.begin + block.known) to_row--;
         tile.tree ? block.place_path(p, pages, table, tile, reinterpret_cast<T*>(room.keys)) : block.place(pages, table);
+        if (rows <= ALONE) fetch(pages, table, block.begin, end);
         by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
             const float* q[R];
             for (int i = 0; i < R; i++) q[i] = row[from_row + r + i].q;

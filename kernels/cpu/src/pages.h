@@ -16,13 +16,14 @@ struct Pages {
     T* keys_begin;
     T* values_begin;
     float* scales_begin;
-    int64_t keys_apart, values_apart, scales_apart, stride, page_size;
+    int64_t keys_size, keys_apart, values_apart, scales_apart, stride, page_size;
 
     Pages(const KV& kv, const Heads& heads, int64_t head)
         : keys_begin(static_cast<T*>(kv.keys) + head * heads.dim * kv.page_size),
           values_begin(static_cast<T*>(kv.values) + head * kv.value_width(heads.dim) * kv.page_size),
           scales_begin(kv.scales + head * 2 * kv.page_size),
-          keys_apart(heads.kv * heads.dim * kv.page_size),
+          keys_size(heads.dim * kv.page_size),
+          keys_apart(heads.kv * keys_size),
           values_apart(heads.kv * kv.value_width(heads.dim) * kv.page_size),
           scales_apart(heads.kv * 2 * kv.page_size),
           stride(kv.value_width(heads.dim)),
