@@ -54,6 +54,7 @@ from headrace.engine.messages.lifecycle import (
     Status,
 )
 from headrace.engine.messages.wire import Message
+from headrace.engine.metrics import REJECTED_FRAMES, REJECTED_FRAMES_HELP, Counter
 from headrace.engine.names import SCHEDULER, SUPERVISOR, server_names, tokenizer_names, worker_names
 from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec
 
@@ -144,6 +145,8 @@ class Supervisor:
         self._unopened = self._servers & set(self._children)
         """Servers that do not know yet that the engine is ready for the first time."""
         self._deaths: deque[float] = deque()
+        self._rejected = Counter()
+        """Messages that were none for the supervisor."""
         self._probing: dict[int, _Probing] = {}
         self._calls = 0
         self._state = "starting"
@@ -159,7 +162,7 @@ class Supervisor:
         """Start everything and live until told to stop; the exit status."""
         loop = asyncio.get_running_loop()
         self._done = loop.create_future()
-        mailbox = Mailbox(self._context, endpoint(self._run_dir, SUPERVISOR), FromChild)
+        mailbox = Mailbox(self._context, endpoint(self._run_dir, SUPERVISOR), FromChild, self._rejected)
         mailbox.open(self)
         loop.add_signal_handler(signal.SIGINT, self._end, 0)
         loop.add_signal_handler(signal.SIGTERM, self._drain)
@@ -178,6 +181,10 @@ class Supervisor:
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
     def receive(self, message: Message) -> None:
+        sender = message.reply_to if isinstance(message, GetStatus) else getattr(message, "child", None)
+        if sender is not None and sender not in self._children:
+            self._rejected.add()
+            return
         match message:
             case Started():
                 self._started(message)
@@ -430,8 +437,10 @@ class Supervisor:
             Series("headrace_hangs_total", "counter", "Processes killed because they hung.", (("process", name),), float(child.hangs))
             for name, child in self._children.items()
         ]
+        labels = (("process", SUPERVISOR),)
+        rejected = Series(REJECTED_FRAMES, "counter", REJECTED_FRAMES_HELP, labels, self._rejected.value)
         question = probing.question
-        status = Status(question.call, self._state, children, restarts + hangs + probing.series, probing.progress)
+        status = Status(question.call, self._state, children, [*restarts, *hangs, rejected, *probing.series], probing.progress)
         self._post.send(question.reply_to, status)
 
 

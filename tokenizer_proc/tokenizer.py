@@ -55,6 +55,9 @@ log = logging.getLogger(__name__)
 STRANGER_GRACE = 5.0
 """Seconds that a frontend has to claim a request which the scheduler still runs for a tokenizer that died."""
 
+MOST_STRANGERS = 100_000
+"""Such requests that are remembered; of more, the oldest are forgotten."""
+
 LONG = 50_000
 """Prompts of more characters are encoded on a thread, so that others need not wait."""
 
@@ -91,7 +94,7 @@ class TokenizerActor:
         self._threads = ThreadPoolExecutor(2, "encode")
         self._loop = asyncio.get_running_loop()
         self._meters = Meters(process)
-        self._desk = Desk(process.context, process.address(desk_name(process.name)), ToTokenizer)
+        self._desk = Desk(process.context, process.address(desk_name(process.name)), ToTokenizer, process.rejected_frames)
         self._desk.open(self._receive_frontend, self.settle)
 
     async def close(self) -> None:
@@ -141,15 +144,14 @@ class TokenizerActor:
             for frontend, text in texts.items():
                 self._tell(frontend, text)
         self._meters.live.set(len(self._live))
-        self._meters.bad_frames.set(self._desk.bad_frames)
 
     # Requests come
 
     def _generate(self, frontend: bytes, generate: Generate) -> None:
         job = Job(frontend, generate)
-        for request in generate.requests:
+        for request in job.wanted:
             self._forget(request)
-            self._jobs[request] = job
+        self._jobs.update(dict.fromkeys(job.wanted, job))
 
         def work() -> tuple[list[int], str | None]:
             return encode(self._tokenizer, self._templates, generate.prompt)
@@ -305,6 +307,8 @@ class TokenizerActor:
             if now - self._strangers.setdefault(request, now) > STRANGER_GRACE:
                 self._strangers[request] = float("inf")
                 unclaimed.append(request)
+        while len(self._strangers) > MOST_STRANGERS:
+            del self._strangers[next(iter(self._strangers))]
         if unclaimed:
             self._process.send(SCHEDULER, Cancel(tuple(unclaimed), "abort"))
 
@@ -448,7 +452,6 @@ class Meters:
         self.output_tokens = metrics.counter("headrace_tokenizer_output_tokens_total", "Emitted tokens that were turned into text.")
         self.encode_seconds = metrics.histogram("headrace_tokenizer_encode_seconds", "Rendering and encoding one prompt.")
         self.live = metrics.gauge("headrace_tokenizer_live_requests", "Requests that the tokenizer holds.")
-        self.bad_frames = metrics.gauge("headrace_tokenizer_bad_frames", "Frames from frontends that were no message.")
 
 
 async def build(process: Process) -> TokenizerActor:
