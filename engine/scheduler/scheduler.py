@@ -165,7 +165,8 @@ class Scheduler:
         self._tenants.arrive(submit.tenant)
         if submit.deadline is not None:
             self._watch_deadline(submit.deadline, submit.request)
-        if self._epoch is not None:
+        # As long as the ledger has another of this id, which was cancelled, this one waits: see `_start_step`.
+        if self._epoch is not None and submit.request not in self._aborts:
             self._enqueue(entry, self._epoch.ledger)
 
     def _too_much(self, submit: Submit) -> str | None:
@@ -289,6 +290,9 @@ class Scheduler:
         )
         self._aborts = []
         self._fly(epoch, message)
+        for request in message.abort:
+            if (entry := self._journal.get(request)) and entry.sequence is None:
+                self._enqueue(entry, ledger)
         for name in self._ranks.names:
             self._process.send(name, message)
         if decision.preempt:
@@ -380,10 +384,9 @@ class Scheduler:
                     sequence.lookahead = entry.pace.lookahead
 
     def _hand_out(self, result: StepResult, ended: dict[int, Ended], now: float) -> None:
-        journal = self._journal
         position = 0
         for request, count in zip(result.requests, result.counts, strict=True):
-            entry = journal.get(request)
+            entry = self._heir(request)
             if entry is not None:
                 outgoing = self._outgoing_for(entry.reply_to)
                 emitted = entry.emitted
@@ -402,22 +405,26 @@ class Scheduler:
                     entry.sequence.suspect = entry.suspect
             position += count
         for scores in result.logprobs:
-            if entry := journal.get(scores.request):
+            if entry := self._heir(scores.request):
                 entry.logprobs.append(scores)
                 self._outgoing_for(entry.reply_to).logprobs.append(scores)
         for scores in result.prompt_logprobs:
-            if entry := journal.get(scores.request):
+            if entry := self._heir(scores.request):
                 entry.prompt_logprobs.append(scores)
                 self._outgoing_for(entry.reply_to).prompt_logprobs.append(scores)
         if ended:
             for request, end in ended.items():
-                if entry := self._forget(request, end.reason):
+                if self._heir(request) and (entry := self._forget(request, end.reason)):
                     if end.reason == "error":
                         self._process.send(entry.reply_to, Refused(request, 500, "invalid_logits", NO_LOGITS))
                     else:
                         self._tell_end(entry, entry.end(end.reason, now))
             self._running = [sequence for sequence in self._running if sequence.request not in ended]
             self._finishes.add(len(ended), now)
+
+    def _heir(self, request: int) -> Entry | None:
+        """Who gets what the workers made of a request: nobody once it was cancelled, even if its id was submitted again."""
+        return None if request in self._aborts else self._journal.get(request)
 
     def _outgoing_for(self, name: str) -> Tokens:
         tokens = self._outgoing.get(name)
