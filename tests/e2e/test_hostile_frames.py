@@ -105,5 +105,5 @@ def test_hostile_frames_are_dropped_and_counted_and_hurt_nobody(engine):
 
 @pytest.mark.slow
 def test_many_hostile_frames_make_nothing_grow(engine):
-    flooded(engine, 12, 10_000)
+    flooded(engine, 6, 4000)
     engine.until_empty(30)
