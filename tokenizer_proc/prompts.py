@@ -12,6 +12,7 @@ from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.wire import LATEST
 from headrace.tokenizer_proc.chat import ChatTemplates
 from headrace.tokenizer_proc.rejection import Rejection
+from headrace.tokenizer_proc.renderer import Renderer
 from headrace.tokenizer_proc.vocabulary import Tokenizer
 
 MOST_LOGPROBS = 128
@@ -43,7 +44,9 @@ def param_of(prompt: Prompt) -> str:
     return "messages" if isinstance(prompt, ChatPrompt) else "prompt"
 
 
-def encode(tokenizer: Tokenizer, templates: ChatTemplates, prompt: Prompt, add_special: bool = True) -> tuple[list[int], str | None]:
+def encode(
+    tokenizer: Tokenizer, templates: ChatTemplates | Renderer, prompt: Prompt, add_special: bool = True
+) -> tuple[list[int], str | None]:
     """The prompt's ids, and its text where the client did not send ids. A rendered conversation never gets a second BOS."""
     match prompt:
         case TextPrompt():

@@ -47,6 +47,7 @@ from headrace.tokenizer_proc.chat import ChatTemplates
 from headrace.tokenizer_proc.live import Live
 from headrace.tokenizer_proc.prompts import encode, fit, param_of, size_of
 from headrace.tokenizer_proc.rejection import Rejection
+from headrace.tokenizer_proc.renderer import Renderer
 from headrace.tokenizer_proc.shelf import Shelf
 from headrace.tokenizer_proc.vocabulary import Tokenizer, load_parts
 
@@ -76,7 +77,7 @@ class Job:
 class TokenizerActor:
     """The actor. Frontends reach it by its desk, everyone else by its mailbox."""
 
-    def __init__(self, process: Process, tokenizer: Tokenizer, templates: ChatTemplates) -> None:
+    def __init__(self, process: Process, tokenizer: Tokenizer, templates: ChatTemplates | Renderer) -> None:
         self._process = process
         self._tokenizer = tokenizer
         self._templates = templates
@@ -459,9 +460,11 @@ async def build(process: Process) -> TokenizerActor:
     # One text at a time is encoded: a thread pool of the library's own would only take cores from the workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     model = process.model
+    # It starts while the vocabulary is read.
+    templates = Renderer()
     parts = load_parts(model)
     tokenizer = Tokenizer(parts, model.vocab_size, model.context)
-    templates = ChatTemplates(parts.templates, parts.names)
+    templates.load(parts.templates, parts.names)
     if templates.fault is not None:
         log.warning("%s", templates.fault)
     process.detail = f"{tokenizer.backend.get_vocab_size()} tokens"

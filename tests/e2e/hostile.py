@@ -111,7 +111,7 @@ def rubbish(draw: random.Random) -> bytes:
     if kind == 3:
         return b"\x91" * draw.choice((10, 1000, 100_000))
     if kind == 4:
-        return bytes(1 << 20)
+        return bytes(draw.choice((1, 1000, 200_000)))
     return b"\x93\xa8Generate" + draw.choice(LIARS)
 
 
