@@ -21,9 +21,14 @@ from typing import Protocol
 import zmq
 
 from headrace.engine.messages.wire import BadFrame, Codec, Message, encode
+from headrace.engine.metrics import Counter
 
 HIGH_WATER_MARK = 100_000
 """Messages that may queue for one peer. A peer this far behind is dead or stuck; its supervisor will find out."""
+
+LARGEST_FRAME = 256 << 20
+"""Bytes of a message; ZeroMQ hangs up on a peer that announces a larger one, before any memory is taken for it. The largest that is sent is
+that with the scores of a long prompt."""
 
 BURST = 256
 """Messages handled before other callbacks of the loop get their turn."""
@@ -52,7 +57,27 @@ def _open(context: zmq.Context, kind: int) -> zmq.Socket:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_FRAME)
     return socket
+
+
+class _Inbox:
+    """Turns what a socket brings into messages of `union`. Whatever is none is counted in `rejected` and dropped."""
+
+    def __init__(self, union: object, frames: int, rejected: Counter | None) -> None:
+        self.rejected = rejected or Counter()
+        self._codec = Codec(union)
+        self._frames = frames
+
+    def decode(self, frames: list[bytes]) -> Message | None:
+        """The message, which is the last of so many frames; None for anything else."""
+        if len(frames) == self._frames:
+            try:
+                return self._codec.decode(frames[-1])
+            except BadFrame:
+                pass
+        self.rejected.add()
+        return None
 
 
 class _Reader:
@@ -105,25 +130,25 @@ class _Reader:
 
 
 class Mailbox:
-    """The inbox of an actor: a PULL socket bound under the actor's name. Frames that are no message of `union` are counted and dropped."""
+    """The inbox of an actor: a PULL socket bound under the actor's name. What is no message of `union` is counted and dropped."""
 
-    def __init__(self, context: zmq.Context, address: str, union: object) -> None:
-        self.bad_frames = 0
-        self._codec = Codec(union)
+    def __init__(self, context: zmq.Context, address: str, union: object, rejected: Counter | None = None) -> None:
+        self._inbox = _Inbox(union, 1, rejected)
         self._socket = _open(context, zmq.PULL)
         self._socket.bind(address)
         self._reader: _Reader | None = None
+
+    @property
+    def rejected(self) -> Counter:
+        return self._inbox.rejected
 
     def open(self, actor: Actor) -> None:
         """Start to deliver. Messages that came before are waiting."""
 
         def deliver(frames: list[bytes]) -> None:
-            try:
-                message = self._codec.decode(frames[-1])
-            except BadFrame:
-                self.bad_frames += 1
-                return
-            actor.receive(message)
+            message = self._inbox.decode(frames)
+            if message is not None:
+                actor.receive(message)
 
         self._reader = _Reader(self._socket, deliver, actor.settle)
 
@@ -183,9 +208,8 @@ class Post:
 class Desk:
     """Where frontends are received: a ROUTER that knows each by its identity."""
 
-    def __init__(self, context: zmq.Context, address: str, union: object) -> None:
-        self.bad_frames = 0
-        self._codec = Codec(union)
+    def __init__(self, context: zmq.Context, address: str, union: object, rejected: Counter | None = None) -> None:
+        self._inbox = _Inbox(union, 2, rejected)
         self._socket = _open(context, zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A frontend that reconnects under its old identity takes over from its own dead connection.
@@ -197,12 +221,9 @@ class Desk:
         """Deliver (identity of the frontend, message)."""
 
         def deliver(frames: list[bytes]) -> None:
-            try:
-                message = self._codec.decode(frames[-1])
-            except BadFrame:
-                self.bad_frames += 1
-                return
-            receive(frames[0], message)
+            message = self._inbox.decode(frames)
+            if message is not None:
+                receive(frames[0], message)
 
         self._reader = _Reader(self._socket, deliver, settle)
 
@@ -227,8 +248,7 @@ class Visit:
     """A frontend's connection to one desk: a DEALER."""
 
     def __init__(self, context: zmq.Context, address: str, identity: bytes, union: object) -> None:
-        self.bad_frames = 0
-        self._codec = Codec(union)
+        self._inbox = _Inbox(union, 1, None)
         self._socket = _open(context, zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
@@ -239,12 +259,9 @@ class Visit:
         """Deliver what the desk sends."""
 
         def deliver(frames: list[bytes]) -> None:
-            try:
-                message = self._codec.decode(frames[-1])
-            except BadFrame:
-                self.bad_frames += 1
-                return
-            receive(message)
+            message = self._inbox.decode(frames)
+            if message is not None:
+                receive(message)
 
         self._reader = _Reader(self._socket, deliver, settle)
 

@@ -29,7 +29,7 @@ from headrace.engine.config import Config
 from headrace.engine.errors import UserError
 from headrace.engine.messages.lifecycle import Fatal, Probe, Progress, Snapshot, Started, ToChild
 from headrace.engine.messages.wire import Message
-from headrace.engine.metrics import Metrics
+from headrace.engine.metrics import REJECTED_FRAMES, REJECTED_FRAMES_HELP, Metrics
 from headrace.engine.names import SUPERVISOR
 
 BIRTH_FILE = "engine.msgpack"
@@ -55,6 +55,7 @@ class Process:
         self.config = spec.config
         self.model = spec.model
         self.metrics = Metrics()
+        self.rejected_frames = self.metrics.counter(REJECTED_FRAMES, REJECTED_FRAMES_HELP, (("process", name),))
         self.context = zmq.Context()
         self.post = Post(self.context, run_dir)
         self.progress: Callable[[], Progress] | None = None
@@ -160,7 +161,7 @@ async def _live(process: Process, union: object, build: Callable[[Process], Awai
     loop.set_exception_handler(on_exception)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    mailbox = Mailbox(process.context, process.address(process.name), union | ToChild)
+    mailbox = Mailbox(process.context, process.address(process.name), union | ToChild, process.rejected_frames)
     actor = await build(process)
     collect_seldom()
     mailbox.open(_WithLifecycle(process, actor))

@@ -58,7 +58,7 @@ from headrace.engine.messages.lifecycle import (
     Started,
 )
 from headrace.engine.messages.wire import Message
-from headrace.engine.metrics import Metrics
+from headrace.engine.metrics import REJECTED_FRAMES, REJECTED_FRAMES_HELP, Metrics
 from headrace.engine.names import SCHEDULER, SUPERVISOR, server_names
 from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec
 
@@ -100,6 +100,7 @@ class Supervisor:
         self._incarnations = itertools.count(1)
         self._state = "starting"
         self._metrics = Metrics()
+        self._rejected = self._metrics.counter(REJECTED_FRAMES, REJECTED_FRAMES_HELP, (("process", SUPERVISOR),))
         self._census = Census(self._post, self._children, self._metrics, lambda: self._state)
         self._undrained: set[str] = set()
         self._all_drained = asyncio.Event()
@@ -119,7 +120,7 @@ class Supervisor:
         """Start everything and live until told to stop; the exit status."""
         loop = asyncio.get_running_loop()
         self._done = loop.create_future()
-        mailbox = Mailbox(self._context, endpoint(self._run_dir, SUPERVISOR), FromChild)
+        mailbox = Mailbox(self._context, endpoint(self._run_dir, SUPERVISOR), FromChild, self._rejected)
         mailbox.open(self)
         loop.add_signal_handler(signal.SIGINT, self._end, 0)
         loop.add_signal_handler(signal.SIGTERM, self._drain)
@@ -138,6 +139,10 @@ class Supervisor:
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
     def receive(self, message: Message) -> None:
+        sender = message.reply_to if isinstance(message, GetStatus | Ask) else getattr(message, "child", None)
+        if sender is not None and sender not in self._children:
+            self._rejected.add()
+            return
         match message:
             case Started():
                 self._started(message)

@@ -15,6 +15,7 @@ from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names
 from headrace.engine.process import Process, main, read_spec
 from headrace.server.app import make_app
+from headrace.server.connections import Runner
 from headrace.server.meters import RequestMeters
 from headrace.server.openai.routes import OpenAIRoutes
 from headrace.server.state import EngineView
@@ -37,12 +38,13 @@ class Server:
         self._openai = OpenAIRoutes(self._client, process.config, process.model, meters)
         app = make_app(self._openai, self._view, meters, process.config)
         app.middlewares.insert(0, self._count)
-        self._runner = web.AppRunner(
+        refused = process.metrics.counter("headrace_connections_refused_total", "HTTP connections beyond the most that are taken.")
+        self._runner = Runner(
             app,
-            handler_cancellation=True,
+            refused,
+            shutdown_timeout=0.5,
             access_log=None,
             auto_decompress=False,
-            shutdown_timeout=0.5,
             keepalive_timeout=IDLE_TIMEOUT,
             lingering_time=LINGER_TIMEOUT,
         )

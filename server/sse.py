@@ -68,7 +68,13 @@ class EventStream:
         self._closing = True
         if self._draining:
             await self._draining
-        await self._response.write_eof(last)
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT):
+                await self._response.write_eof(last)
+        except TimeoutError:
+            if self._transport:
+                self._transport.abort()
+            raise ConnectionResetError("the client does not read the end of its answer") from None
 
     @property
     def response(self) -> web.StreamResponse:

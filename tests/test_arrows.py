@@ -39,10 +39,42 @@ NEVER = {
     "kernels": {"zmq", "msgspec", "aiohttp", "asyncio"},
     "workers": {"aiohttp"},
 }
-UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "telnetlib", "xmlrpc"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_NAMES = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn", "tempfile.mktemp"}
 UNSAFE_METHODS = {"send_pyobj", "recv_pyobj"}
 """pyzmq's own pickling."""
+LOADERS = {"torch": ("weights_only", True), "np": ("allow_pickle", False), "numpy": ("allow_pickle", False)}
+"""Modules whose `load` unpickles, unless it is told not to with this argument."""
+SCRIPTS = "scripts"
+"""No package, but shipped beside them."""
+
+
+def unsafe_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The calls that unpickle, evaluate, or have a shell look at a text, by line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in UNSAFE_NAMES or (node.module in LOADERS and alias.name == "load"):
+                    yield node.lineno, f"from {node.module} import {alias.name}"
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        words = {word.arg: getattr(word.value, "value", ...) for word in node.keywords}
+        if words.get("shell", False) is not False:
+            yield node.lineno, "shell=True"
+        if isinstance(called, ast.Name) and called.id in UNSAFE_CALLS:
+            yield node.lineno, f"{called.id}(…)"
+        elif isinstance(called, ast.Attribute):
+            owner = called.value.id if isinstance(called.value, ast.Name) else ""
+            if called.attr in UNSAFE_METHODS:
+                yield node.lineno, f".{called.attr}(…)"
+            elif f"{owner}.{called.attr}" in UNSAFE_NAMES:
+                yield node.lineno, f"{owner}.{called.attr}(…)"
+            elif called.attr == "load" and owner in LOADERS:
+                name, safe = LOADERS[owner]
+                if words.get(name, ...) is not safe:
+                    yield node.lineno, f"{owner}.load without {name}={safe}"
 
 
 @cache
@@ -100,26 +132,49 @@ def test_a_package_is_imported_by_its_full_name(package: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, SCRIPTS])
 def test_nothing_is_unpickled_or_evaluated(package: str) -> None:
     wrong = []
     for _, path in modules(package):
         wrong += [f"{path}:{line}: import {name}" for name, line in imports(path) if name.partition(".")[0] in UNSAFE_MODULES]
-        for node in ast.walk(tree_of(path)):
-            if not isinstance(node, ast.Call):
-                continue
-            called = node.func
-            if isinstance(called, ast.Name) and called.id in UNSAFE_CALLS:
-                wrong.append(f"{path}:{node.lineno}: {called.id}(…)")
-            elif isinstance(called, ast.Attribute):
-                if called.attr in UNSAFE_METHODS:
-                    wrong.append(f"{path}:{node.lineno}: .{called.attr}(…)")
-                # torch.load and numpy.load unpickle unless they are told not to.
-                elif called.attr == "load" and isinstance(called.value, ast.Name) and called.value.id in {"torch", "np", "numpy"}:
-                    safe = {"torch": ("weights_only", True)}.get(called.value.id, ("allow_pickle", False))
-                    if not any(word.arg == safe[0] and getattr(word.value, "value", None) is safe[1] for word in node.keywords):
-                        wrong.append(f"{path}:{node.lineno}: {called.value.id}.load without {safe[0]}={safe[1]}")
+        wrong += [f"{path}:{line}: {what}" for line, what in unsafe_calls(tree_of(path))]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval(text)",
+        "exec(text)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path)",
+        "numpy.load(path, allow_pickle=True)",
+        "from torch import load",
+        "from os import system",
+        "os.system(text)",
+        "subprocess.run(text, shell=True)",
+        "subprocess.Popen(text, shell=flag)",
+        "socket.recv_pyobj()",
+    ],
+)
+def test_what_unpickles_or_evaluates_is_recognized(line: str) -> None:
+    assert list(unsafe_calls(ast.parse(line)))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model.eval()",
+        "torch.load(path, weights_only=True)",
+        "np.load(path, allow_pickle=False)",
+        "json.load(file)",
+        "run(words, shell=False)",
+    ],
+)
+def test_what_only_looks_like_it_is_left_alone(line: str) -> None:
+    assert not list(unsafe_calls(ast.parse(line)))
 
 
 HEAVY = {

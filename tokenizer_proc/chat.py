@@ -24,6 +24,9 @@ from headrace.tokenizer_proc.rejection import Rejection
 MAX_TEXT = 32 << 20
 """Most characters that a template may write."""
 
+MAX_MESSAGE = 1000
+"""Most characters of a template's own words that a client is told."""
+
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
 """Names that template arguments cannot take."""
 
@@ -70,7 +73,10 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class ChatTemplates:
-    """The templates of one model, compiled. `sources` by name; `names` are the special tokens that they may print."""
+    """The templates of one model, compiled. `sources` by name; `names` are the special tokens that they may print.
+
+    What it computes is not bounded: see `renderer.py`.
+    """
 
     def __init__(self, sources: Mapping[str, str], names: Mapping[str, str]) -> None:
         environment = _environment()
@@ -84,6 +90,9 @@ class ChatTemplates:
         except jinja2.TemplateSyntaxError as error:
             self._templates.clear()
             self.fault = f"the model's chat template is broken (line {error.lineno}: {error.message}): use /v1/completions"
+        except Exception as error:  # nested too deeply, too large for memory
+            self._templates.clear()
+            self.fault = f"the model's chat template cannot be compiled ({type(error).__name__}): use /v1/completions"
         if not self._templates and self.fault is None:
             self.fault = "the model has no chat template: use /v1/completions with a plain prompt"
 
@@ -129,12 +138,11 @@ def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
     except Rejection:
         raise
     except Refusal as error:
-        raise Rejection(str(error), "messages", "chat_template_refused") from None
+        raise Rejection(str(error)[:MAX_MESSAGE], "messages", "chat_template_refused") from None
     except Exception as error:  # a template can fail in as many ways as a program
+        said = f"{type(error).__name__}: {str(error)[:MAX_MESSAGE]}"
         raise Rejection(
-            f"the chat template cannot render these messages ({type(error).__name__}: {error}): check their roles and contents",
-            "messages",
-            "chat_template_failed",
+            f"the chat template cannot render these messages ({said}): check their roles and contents", "messages", "chat_template_failed"
         ) from None
     return "".join(pieces)
 

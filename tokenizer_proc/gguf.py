@@ -11,12 +11,16 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
+from headrace.engine.checkpoint.wording import in_line
 from headrace.engine.errors import UserError
 from headrace.tokenizer_proc.parts import Parts
 from headrace.tokenizer_proc.pretokenizers import CUTS
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Values of `tokenizer.ggml.token_type` that name added tokens; 1 is normal, 5 unused, 6 a byte."""
+
+LONGEST_TOKEN = 512
+"""Characters of a SentencePiece token; published vocabularies have a tenth of it. Looking for the ways to make one takes its square."""
 
 SPACE = "▁"
 """How SentencePiece spells a space."""
@@ -82,6 +86,8 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], path: str) ->
     scores = metadata.get("tokenizer.ggml.scores")
     if not scores or len(scores) != len(tokens):
         raise UserError(f"{path} has {len(scores or ())} token scores for {len(tokens)} tokens: the file is damaged, get it again")
+    if (longest := max(map(len, tokens))) > LONGEST_TOKEN:
+        raise UserError(f"{path} has a token of {longest} characters: at most {LONGEST_TOKEN} are possible")
     unknown = _token_id(metadata, "tokenizer.ggml.unknown_token_id", tokens, path)
     unknown_token = None if unknown is None else tokens[unknown]
     backend = Tokenizer(_bpe(tokens, merges_by_score(tokens, scores), path, byte_fallback=True, fuse_unk=True, unk_token=unknown_token))
@@ -115,7 +121,7 @@ def _bpe(tokens: list[str], merges: list[tuple[str, str]], path: str, **options:
     try:
         return BPE(vocabulary, merges, **options)
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path} has a broken vocabulary ({error}): the file is damaged, get it again") from None
+        raise UserError(f"{path} has a broken vocabulary ({in_line(error)}): the file is damaged, get it again") from None
 
 
 def _add_tokens(backend: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
@@ -147,4 +153,6 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
     if "tokenizer.chat_template" in metadata:
         templates["default"] = metadata["tokenizer.chat_template"]
+    if wrong := [name for name, source in templates.items() if not isinstance(source, str)]:
+        raise TypeError(f"the chat template {wrong[0]!r} is no text")
     return templates

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from headrace.engine.checkpoint.hf import read_json
+from headrace.engine.checkpoint.wording import in_line
 from headrace.engine.errors import UserError
 from headrace.tokenizer_proc.parts import Parts
 
@@ -24,7 +25,7 @@ def parts_from_directory(directory: Path) -> Parts:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path} is no tokenizer ({error}): get the file again") from None
+        raise UserError(f"{path} is no tokenizer ({in_line(error)}): get the file again") from None
     backend.no_truncation()
     backend.no_padding()
     config = _read_optional(directory / "tokenizer_config.json")
@@ -88,4 +89,6 @@ def _templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         templates = {entry["name"]: entry["template"] for entry in found or ()}
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = path.read_text(encoding="utf-8")
+    if wrong := [name for name, source in templates.items() if not isinstance(name, str) or not isinstance(source, str)]:
+        raise TypeError(f"the chat template {wrong[0]!r:.80} is no text")
     return templates

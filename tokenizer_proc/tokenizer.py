@@ -47,6 +47,7 @@ from headrace.tokenizer_proc.chat import ChatTemplates
 from headrace.tokenizer_proc.live import Live
 from headrace.tokenizer_proc.prompts import encode, fit, param_of, size_of
 from headrace.tokenizer_proc.rejection import Rejection
+from headrace.tokenizer_proc.renderer import Renderer
 from headrace.tokenizer_proc.shelf import Shelf
 from headrace.tokenizer_proc.vocabulary import Tokenizer, load_parts
 
@@ -54,6 +55,9 @@ log = logging.getLogger(__name__)
 
 STRANGER_GRACE = 5.0
 """Seconds that a frontend has to claim a request which the scheduler still runs for a tokenizer that died."""
+
+MOST_STRANGERS = 100_000
+"""Such requests that are remembered; of more, the oldest are forgotten."""
 
 LONG = 50_000
 """Prompts of more characters are encoded on a thread, so that others need not wait."""
@@ -73,7 +77,7 @@ class Job:
 class TokenizerActor:
     """The actor. Frontends reach it by its desk, everyone else by its mailbox."""
 
-    def __init__(self, process: Process, tokenizer: Tokenizer, templates: ChatTemplates) -> None:
+    def __init__(self, process: Process, tokenizer: Tokenizer, templates: ChatTemplates | Renderer) -> None:
         self._process = process
         self._tokenizer = tokenizer
         self._templates = templates
@@ -93,7 +97,7 @@ class TokenizerActor:
         self._threads = ThreadPoolExecutor(2, "encode")
         self._loop = asyncio.get_running_loop()
         self._meters = Meters(process)
-        self._desk = Desk(process.context, process.address(desk_name(process.name)), ToTokenizer)
+        self._desk = Desk(process.context, process.address(desk_name(process.name)), ToTokenizer, process.rejected_frames)
         self._desk.open(self._receive_frontend, self.settle)
 
     async def close(self) -> None:
@@ -144,15 +148,14 @@ class TokenizerActor:
             for frontend, text in texts.items():
                 self._tell(frontend, text)
         self._meters.live.set(len(self._live))
-        self._meters.bad_frames.set(self._desk.bad_frames)
 
     # Requests come
 
     def _generate(self, frontend: bytes, generate: Generate) -> None:
         job = Job(frontend, generate)
-        for request in generate.requests:
+        for request in job.wanted:
             self._forget(request)
-            self._jobs[request] = job
+        self._jobs.update(dict.fromkeys(job.wanted, job))
 
         def work() -> tuple[list[int], str | None]:
             return encode(self._tokenizer, self._templates, generate.prompt)
@@ -308,6 +311,8 @@ class TokenizerActor:
             if now - self._strangers.setdefault(request, now) > STRANGER_GRACE:
                 self._strangers[request] = float("inf")
                 unclaimed.append(request)
+        while len(self._strangers) > MOST_STRANGERS:
+            del self._strangers[next(iter(self._strangers))]
         if unclaimed:
             self._process.send(SCHEDULER, Cancel(tuple(unclaimed), "abort"))
 
@@ -451,7 +456,6 @@ class Meters:
         self.output_tokens = metrics.counter("headrace_tokenizer_output_tokens_total", "Emitted tokens that were turned into text.")
         self.encode_seconds = metrics.histogram("headrace_tokenizer_encode_seconds", "Rendering and encoding one prompt.")
         self.live = metrics.gauge("headrace_tokenizer_live_requests", "Requests that the tokenizer holds.")
-        self.bad_frames = metrics.gauge("headrace_tokenizer_bad_frames", "Frames from frontends that were no message.")
 
 
 async def build(process: Process) -> TokenizerActor:
@@ -459,9 +463,11 @@ async def build(process: Process) -> TokenizerActor:
     # One text at a time is encoded: a thread pool of the library's own would only take cores from the workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     model = process.model
+    # It starts while the vocabulary is read.
+    templates = Renderer()
     parts = load_parts(model)
     tokenizer = Tokenizer(parts, model.vocab_size, model.context)
-    templates = ChatTemplates(parts.templates, parts.names)
+    templates.load(parts.templates, parts.names)
     if templates.fault is not None:
         log.warning("%s", templates.fault)
     process.detail = f"{tokenizer.backend.get_vocab_size()} tokens"

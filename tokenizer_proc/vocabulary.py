@@ -8,6 +8,8 @@ from pathlib import Path
 
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.checkpoint.gguf import GGUFFile
+from headrace.engine.checkpoint.wording import in_line
+from headrace.engine.errors import UserError
 from headrace.tokenizer_proc.detokenize import text_stream
 from headrace.tokenizer_proc.gguf import parts_from_metadata
 from headrace.tokenizer_proc.huggingface import parts_from_directory
@@ -67,6 +69,11 @@ class Tokenizer:
 
 def load_parts(model: ModelFiles) -> Parts:
     """Read the model's tokenizer. UserError when it is missing, broken or of an unknown kind."""
-    if model.format == "gguf":
-        return parts_from_metadata(GGUFFile(model.path).metadata, model.path)
-    return parts_from_directory(Path(model.path))
+    try:
+        if model.format == "gguf":
+            return parts_from_metadata(GGUFFile(model.path).metadata, model.path)
+        return parts_from_directory(Path(model.path))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A value of another kind than its key promises, somewhere among a dozen of them.
+        what = f"{type(error).__name__}: {in_line(error)}"
+        raise UserError(f"{model.path} has a tokenizer that cannot be read ({what}): the files are damaged, get them again") from None

@@ -23,8 +23,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
-MAX_JSON_BYTES = 64 << 20
+MAX_HEADER_PARTS = 2_000_000
+"""Most commas and colons of a header: one of 200,000 tensors has fewer. A header of nothing else would become gigabytes when it is read."""
+MAX_JSON_BYTES = 32 << 20
+"""The largest known index has a third of it; what is read takes up to twenty times as much memory."""
 MAX_DIMENSIONS = 8
+MAX_NAME_BYTES = 255
+"""Of a file, by Linux."""
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -66,16 +71,22 @@ class _Index(msgspec.Struct):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size} bytes: too large for a JSON file of a model")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        value = json.loads(_small(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {in_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def _small(path: Path) -> bytes:
+    """The content of a JSON file, if it has the size of one."""
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise UserError(f"{path} has {size} bytes: too large for a JSON file of a model")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -131,14 +142,12 @@ def _near_gguf(directory: Path) -> str:
 def _read_sharded(directory: Path) -> dict[str, StoredTensor]:
     path = directory / INDEX
     try:
-        index = msgspec.json.decode(path.read_bytes(), type=_Index)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        index = msgspec.json.decode(_small(path), type=_Index)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a safetensors index: {in_line(error)}") from None
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(index.weight_map.values())):
-        if name != Path(name).name or not name.endswith(".safetensors"):
+        if name != Path(name).name or not name.endswith(".safetensors") or len(os.fsencode(name)) > MAX_NAME_BYTES:
             raise UserError(f"{path} names the file {shown(name)}, which is no safetensors file of this directory")
         if not (directory / name).is_file():
             raise UserError(f"{directory} lacks the file {shown(name)}, which {INDEX} names: an unfinished download? Get it again")
@@ -170,6 +179,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if (parts := raw.count(b",") + raw.count(b":")) > MAX_HEADER_PARTS:
+        raise fault(f"its header has {parts} parts: at most {MAX_HEADER_PARTS} are possible")
     try:
         fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         fields.pop("__metadata__", None)

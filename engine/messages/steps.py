@@ -9,16 +9,16 @@ order; page tables follow from that (see `engine.ledger`).
 
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
-from headrace.engine.messages.wire import Message
+from headrace.engine.messages.wire import Message, Natural, Positive, TokenId, check_columns
 
 
 class WorkerUp(Message):
     """A worker has its weights and its KV pages and waits for an epoch."""
 
-    rank: int
+    rank: Natural
     incarnation: int
-    pages: int
-    page_size: int
+    pages: Positive
+    page_size: Positive
     """Tokens a page."""
 
 
@@ -33,8 +33,8 @@ class Begin(Message):
 
     epoch: int
     """Greater than those before, also those of schedulers before; what comes late from one of these starts nothing."""
-    pages: int
-    page_size: int
+    pages: Positive
+    page_size: Positive
     end_tokens: tuple[int, ...]
     prefix_cache: bool = True
 
@@ -68,6 +68,9 @@ class Plan(Message):
     lookahead: list[int] = []
     """How many drafted tokens each may have verified behind its own, where any may."""
 
+    def __post_init__(self) -> None:
+        check_columns(self, "run", "lengths", *(["lookahead"] if self.lookahead else []))
+
 
 class StepTimes(Message):
     """Where a step's time went on the worker, in nanoseconds."""
@@ -87,17 +90,22 @@ class StepResult(Message):
 
     epoch: int
     step: int
-    rank: int
+    rank: Natural
     digest: int
     """The rank's ledger digest after applying the plan of this step."""
     requests: list[int]
-    counts: list[int]
-    tokens: list[int]
+    counts: list[Natural]
+    tokens: list[TokenId]
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[PromptLogprobs]
     times: StepTimes
     drafted: list[int] = []
     """How many tokens were drafted for each of `requests`, where any were."""
+
+    def __post_init__(self) -> None:
+        check_columns(self, "requests", "counts", *(["drafted"] if self.drafted else []))
+        if sum(self.counts) != len(self.tokens):
+            raise ValueError(f"counts of StepResult add up to {sum(self.counts)}, there are {len(self.tokens)} tokens")
 
 
 ToWorker = Hello | Begin | Plan

@@ -7,8 +7,12 @@ The `index` column makes delivery exactly-once across restarts: the receiver kee
 and drops what it already has.
 """
 
+from typing import Annotated
+
+from msgspec import Meta
+
 from headrace.engine.messages.sampling import Sampling
-from headrace.engine.messages.wire import Message
+from headrace.engine.messages.wire import Message, Moment, TokenId, check_columns
 
 
 class Submit(Message):
@@ -17,15 +21,15 @@ class Submit(Message):
     request: int
     reply_to: str
     """The tokenizer process that gets the tokens."""
-    prompt: list[int]
+    prompt: Annotated[list[TokenId], Meta(min_length=1)]
     sampling: Sampling
     seed: int
-    emitted: list[int] = []
+    emitted: list[TokenId] = []
     tenant: str = ""
     """Whose it is; tenants get equal shares."""
     priority: int = 0
     """Lower ones are served first."""
-    deadline: float | None = None
+    deadline: Moment | None = None
     """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
     answer: str = ""
     """See `Generate.answer`."""
@@ -52,6 +56,9 @@ class TokenLogprobs(Message):
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_columns(self, "top_ids", "top_logprobs")
+
 
 class PromptLogprobs(Message):
     """Scores of prompt tokens `first` … `first + len(logprobs) - 1`; a long prompt comes in several."""
@@ -61,6 +68,11 @@ class PromptLogprobs(Message):
     logprobs: list[float]
     top_ids: list[tuple[int, ...]]
     top_logprobs: list[tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        check_columns(self, "top_ids", "top_logprobs", *(["logprobs"] if self.top_ids else []))
+        if any(len(ids) != len(logprobs) for ids, logprobs in zip(self.top_ids, self.top_logprobs, strict=True)):
+            raise ValueError("columns of PromptLogprobs differ in length within a position")
 
 
 class TokenEnd(Message):
@@ -84,10 +96,13 @@ class Tokens(Message):
     requests: list[int]
     index: list[int]
     """Place of the token in the request's output, from 0."""
-    tokens: list[int]
+    tokens: list[TokenId]
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[PromptLogprobs] = []
     ends: list[TokenEnd] = []
+
+    def __post_init__(self) -> None:
+        check_columns(self, "requests", "index", "tokens")
 
 
 class Refused(Message):

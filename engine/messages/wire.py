@@ -6,7 +6,17 @@ understands and gets typed objects or a `BadFrame`; nothing on a wire is ever ev
     Struct ── encode ──▶ [tag, field, field, …] as MessagePack ── one frame ──▶ decode(union) ──▶ Struct
 """
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
+
+Natural = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+LATEST = 1e12
+Moment = Annotated[float, Meta(ge=0, le=LATEST)]
+"""A point on the machine's monotonic clock, in seconds. Neither infinite nor "not a number", which no timer takes."""
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, gc=False, frozen=True):
@@ -18,6 +28,13 @@ class BadFrame(ValueError):
 
 
 _encoder = msgspec.msgpack.Encoder()
+
+
+def check_columns(message: Message, *names: str) -> None:
+    """Raise ValueError unless these fields of `message` are of one length; in a `__post_init__` that makes a frame a bad one."""
+    lengths = {name: len(getattr(message, name)) for name in names}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of {type(message).__name__} differ in length: {lengths}")
 
 
 def encode(message: Message) -> bytes:

@@ -59,6 +59,7 @@ class Scheduler:
         self._max_waiting, self._max_waiting_tokens = config.max_waiting, config.max_waiting_tokens
         self._drafts = config.draft != "none"
         self._ranks = Ranks(worker_names(config))
+        self._tokenizers = frozenset(tokenizer_names(config))
         self._journal = Journal()
         self._last_epoch = process.incarnation << 20
         self._epoch: Epoch | None = None
@@ -152,6 +153,10 @@ class Scheduler:
 
     def _submit(self, submit: Submit) -> None:
         """Queue a request, or refuse it with a reason."""
+        if submit.reply_to not in self._tokenizers:
+            # Nobody is there to be told anything.
+            self._process.rejected_frames.add()
+            return
         if known := self._journal.get(submit.request):
             self._tell_again(known, submit)
             return

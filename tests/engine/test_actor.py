@@ -75,7 +75,7 @@ async def test_a_hostile_frame_is_counted_and_the_next_message_still_arrives(con
     stranger.send(encode(Hello(1)))
     await actor.until(1)
     assert actor.messages == [Hello(1)]
-    assert mailbox.bad_frames == 1
+    assert mailbox.rejected.value == 1
 
 
 def test_a_number_where_text_should_be_is_a_bad_frame():

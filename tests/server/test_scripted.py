@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from hmac import compare_digest
 
 import pytest
 
@@ -321,6 +322,22 @@ async def test_without_the_right_key_nothing_but_health_and_metrics_is_told(open
             assert response.status == 200, path
     async with stage.http.get("/v1/models", headers={"Authorization": "bearer  secret "}) as response:
         assert response.status == 200
+
+
+async def test_every_key_is_compared_and_in_a_time_that_tells_nothing(open_stage, monkeypatch):
+    compared = []
+
+    def compare(given: bytes, key: bytes) -> bool:
+        compared.append(key)
+        return compare_digest(given, key)
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    stage = await open_stage(api_key="one,two,three")
+    for key, status in (("one", 200), ("three", 200), ("onx", 401)):
+        compared.clear()
+        async with stage.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}) as response:
+            assert response.status == status
+        assert compared == [b"one", b"two", b"three"]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import models as bpe
 
 from headrace.engine.errors import UserError
+from headrace.tokenizer_proc import vocabulary
 from headrace.tokenizer_proc.huggingface import parts_from_directory
 from headrace.tokenizer_proc.rejection import Rejection
 from headrace.tokenizer_proc.vocabulary import Tokenizer as OurTokenizer
@@ -217,3 +220,37 @@ def test_ids_outside_of_the_vocabulary_and_broken_unicode_are_refused():
 def test_an_id_without_a_token_has_no_text():
     tokenizer = OurTokenizer(samples.default_parts(), 60_000, 8192)
     assert tokenizer.decode([55_000, 19556]) == "Hello"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=5),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_vocabulary_whose_values_are_of_any_kind_is_read_or_refused_in_one_line(monkeypatch, data):
+    good = samples.sentencepiece_metadata() if data.draw(st.booleans()) else samples.small_byte_level_metadata()
+    metadata = good | {"tokenizer.chat_template": "x", "tokenizer.chat_templates": ["y"], "tokenizer.chat_template.y": "z"}
+    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=2)):
+        kind = data.draw(st.sampled_from(["any", "within"]))
+        if kind == "within" and isinstance(metadata[key], list) and metadata[key]:
+            changed = list(metadata[key])
+            changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(values)
+            metadata[key] = changed
+        else:
+            metadata[key] = data.draw(values)
+    monkeypatch.setattr(vocabulary, "GGUFFile", lambda path: type("File", (), {"metadata": metadata}))
+    try:
+        vocabulary.load_parts(samples.default_model())
+    except UserError as error:
+        assert samples.default_path() in str(error)
+        assert "\n" not in str(error)
+
+
+def test_a_token_whose_halves_would_be_looked_for_for_ever_is_refused():
+    metadata = samples.sentencepiece_metadata()
+    tokens = [*metadata["tokenizer.ggml.tokens"][:-1], "x" * 10_000_000]
+    with pytest.raises(UserError, match="a token of 10000000 characters"):
+        samples.from_metadata(metadata | {"tokenizer.ggml.tokens": tokens})

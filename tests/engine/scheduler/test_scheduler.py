@@ -466,3 +466,22 @@ async def test_the_request_log_tells_what_became_of_each(stage, tmp_path):
     assert 0 <= lines[0]["queue_s"] <= lines[0]["first_token_s"] <= lines[0]["total_s"]
     assert lines[1]["first_token_s"] is None
     assert (lines[0]["cached_tokens"], lines[2]["cached_tokens"]) == (0, 28)
+
+
+async def test_an_id_that_is_submitted_again_right_after_it_was_cancelled_is_a_request_of_its_own(stage):
+    stage.start_worker(pages=1000)
+    stage.start_scheduler()
+    told = stage.tokenizer.messages
+    stage.tokenizer.receive = told.append
+    for round in range(40):
+        seed = 2 * round
+        stage.send("scheduler", Submit(1, "tokenizer-0", [1] * 5, Sampling(max_tokens=500, ignore_eos=True), seed=seed))
+        await stage.tokenizer.until(lambda messages: any(isinstance(message, Tokens) and message.tokens for message in messages))
+        stage.send("scheduler", Cancel((1,), "abort"))
+        stage.send("scheduler", Submit(1, "tokenizer-0", [1] * 5, Sampling(max_tokens=3, ignore_eos=True), seed=seed + 1))
+        ends = lambda messages: [end.reason for one in messages if isinstance(one, Tokens) for end in one.ends]  # noqa: E731
+        await stage.tokenizer.until(lambda messages, ends=ends: len(ends(messages)) == 2)
+        assert ends(told) == ["abort", "length"]
+        tokens = [token for message in told if isinstance(message, Tokens) for token in message.tokens]
+        assert tokens[-3:] == [fake_token(seed + 1, place, MODEL.vocab_size) for place in range(3)]
+        told.clear()
