@@ -185,7 +185,10 @@ async def test_when_its_tokenizer_dies_a_request_moves_to_another_with_the_token
     await two.until(2)
     scene.client.tokenizer_died("tokenizer-0")
     again = [await scene.desks[1].accept() for _ in range(2)]
-    assert [(one.requests, one.seeds, one.emitted) for one in again] == [((first,), (0,), ((4,),)), ((second,), (1,), ((5, 6),))]
+    assert [(one.requests, one.seeds, one.emitted, one.attempt) for one in again] == [
+        ((first,), (0,), ((4,),), 1),
+        ((second,), (1,), ((5, 6),), 1),
+    ]
     assert all(one.prompt == generate.prompt and one.sampling == generate.sampling for one in again)
     scene.desks[1].say(second, "d", [7], ended(second))
     await two.until(5)
