@@ -11,7 +11,7 @@ terminal: an `End` inside a `Text`, or a `Failed`.
 """
 
 from headrace.engine.messages.sampling import Sampling
-from headrace.engine.messages.wire import Message
+from headrace.engine.messages.wire import Message, check_columns
 
 
 class TextPrompt(Message):
@@ -222,6 +222,9 @@ class Text(Message):
     scores: list[Scores] = []
     tokens: list[int] = []
     """The ids of the emitted tokens, request by request as `counts` divides them; a frontend keeps them for `Generate.emitted`."""
+
+    def __post_init__(self) -> None:
+        check_columns(self, "requests", "texts", "counts")
 
 
 class Failed(Message):

@@ -30,11 +30,12 @@ class BadFrame(ValueError):
 _encoder = msgspec.msgpack.Encoder()
 
 
-def check_columns(message: Message, *names: str) -> None:
+def check_columns(message: Message, first: str, *others: str) -> None:
     """Raise ValueError unless these fields of `message` are of one length; in a `__post_init__` that makes a frame a bad one."""
-    lengths = {name: len(getattr(message, name)) for name in names}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"columns of {type(message).__name__} differ in length: {lengths}")
+    length = len(getattr(message, first))
+    for name in others:
+        if len(getattr(message, name)) != length:
+            raise ValueError(f"{type(message).__name__} has {length} {first}, but {len(getattr(message, name))} {name}")
 
 
 def encode(message: Message) -> bytes:

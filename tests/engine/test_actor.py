@@ -2,12 +2,15 @@
 
 import asyncio
 
+import msgspec
 import pytest
 import zmq
 
 from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Visit, endpoint
-from headrace.engine.messages.frontend import Abort, CallFailed, Describe, Detokenized, ToFrontend, ToTokenizer
-from headrace.engine.messages.steps import Begin, Hello, ToWorker
+from headrace.engine.messages.frontend import Abort, CallFailed, Describe, Detokenized, Text, ToFrontend, ToTokenizer
+from headrace.engine.messages.sampling import Sampling
+from headrace.engine.messages.steps import Begin, Hello, Plan, StepResult, StepTimes, ToWorker, WorkerUp
+from headrace.engine.messages.tokens import Submit, TokenLogprobs, Tokens
 from headrace.engine.messages.wire import BadFrame, Codec, encode
 
 
@@ -75,6 +78,58 @@ async def test_a_hostile_frame_is_counted_and_the_next_message_still_arrives(con
     stranger.send(encode(Hello(1)))
     await actor.until(1)
     assert actor.messages == [Hello(1)]
+    assert mailbox.rejected.value == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Tokens(1, 1, [1], [0], [5]),
+        StepResult(1, 1, 0, 0, [1], [1], [5], [], [], StepTimes(0, 0, 0, 0)),
+        Plan(1, 1, 0, [], [], [], [1], [1]),
+        TokenLogprobs(1, 0, -1.0, (5,), (-1.0,)),
+        Text([1], ["x"], [1]),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_columns_of_different_lengths_are_a_bad_frame(message):
+    codec = Codec(type(message))
+    assert codec.decode(encode(message)) == message
+    columns = [name for name in message.__struct_fields__ if isinstance(getattr(message, name), list | tuple) and getattr(message, name)]
+    for name in columns:
+        fields = msgspec.structs.asdict(message) | {name: getattr(message, name) * 2}
+        with pytest.raises(BadFrame):
+            codec.decode(msgspec.msgpack.encode([type(message).__name__, *fields.values()]))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        WorkerUp(-1, 1, 64, 16),
+        WorkerUp(0, 1, 0, 16),
+        WorkerUp(0, 1, 64, 0),
+        Begin(1, 1 << 40, 16, ()),
+        Submit(1, "tokenizer-0", [], Sampling(), 1),
+        Submit(1, "tokenizer-0", [1 << 40], Sampling(), 1),
+        Submit(1, "tokenizer-0", [-1], Sampling(), 1),
+        Submit(1, "tokenizer-0", [1], Sampling(), 1, deadline=float("nan")),
+        Submit(1, "tokenizer-0", [1], Sampling(), 1, deadline=float("inf")),
+    ],
+)
+def test_a_number_that_no_ledger_or_timer_takes_is_a_bad_frame(message):
+    with pytest.raises(BadFrame):
+        Codec(type(message)).decode(encode(message))
+
+
+async def test_a_message_has_one_frame(context, tmp_path):
+    mailbox, actor = Mailbox(context, endpoint(tmp_path, "a"), ToWorker), Collector()
+    mailbox.open(actor)
+    stranger = context.socket(zmq.PUSH)
+    stranger.connect(endpoint(tmp_path, "a"))
+    stranger.send_multipart([b"", encode(Begin(1, 1, 1, ()))])
+    stranger.send(encode(Hello()))
+    await actor.until(1)
+    assert actor.messages == [Hello()]
     assert mailbox.rejected.value == 1
 
 
