@@ -127,9 +127,9 @@ async def test_a_message_has_one_frame(context, tmp_path):
     stranger = context.socket(zmq.PUSH)
     stranger.connect(endpoint(tmp_path, "a"))
     stranger.send_multipart([b"", encode(Begin(1, 1, 1, ()))])
-    stranger.send(encode(Hello()))
+    stranger.send(encode(Hello(1)))
     await actor.until(1)
-    assert actor.messages == [Hello()]
+    assert actor.messages == [Hello(1)]
     assert mailbox.rejected.value == 1
 
 
