@@ -11,8 +11,8 @@ for how long it has waited for a step. Who owes an answer for too long is killed
                  │ └──▶ draining ─▶ stopped, or drained until told to resume
                  └◀───▶ reloading: servers hold back what is new until all other children serve another model
 
-It never touches a request. SIGINT ends everything at once; SIGTERM drains first; when the supervisor itself dies, the death pipe
-(see `engine.process`) takes every child along.
+All of that is one state machine over the same few children, which is why the file is as long as it is. It never touches a request. SIGINT
+ends everything at once; SIGTERM drains first; when the supervisor itself dies, the death pipe (see `engine.process`) takes every child along.
 """
 
 import asyncio
@@ -212,7 +212,7 @@ class Supervisor:
             self._turn("ready")
         elif message.child in self._servers:
             self._tell_state(message.child)
-        if self._state in ("draining", "drained") and message.child in self._drainable:
+        if self._state in ("draining", "drained") and message.child in (SCHEDULER, *self._servers):
             self._post.send(message.child, Drain())
         if self._all_ready:
             self._changed("")
@@ -364,13 +364,9 @@ class Supervisor:
         self._close_doors()
         asyncio.get_running_loop().call_later(self._config.drain_timeout, self._end, 0)
 
-    @property
-    def _drainable(self) -> set[str]:
-        return {SCHEDULER, *self._servers}
-
     def _close_doors(self) -> None:
         self._turn("draining")
-        self._ask_to_drain(self._drainable)
+        self._ask_to_drain({SCHEDULER, *self._servers})
 
     def _ask_to_drain(self, names: set[str]) -> None:
         self._undrained = set(names)
