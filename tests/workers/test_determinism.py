@@ -96,7 +96,7 @@ def test_an_answer_is_the_same_among_others_by_any_way_with_a_cold_cache_and_a_w
 
 
 def test_an_answer_is_the_same_though_its_request_had_to_give_up_its_pages(suite):
-    company = Company(suite.loaded, pages=24, page_size=8)
+    company = Company(suite.loaded, pages=14, page_size=8)
     suite.check(company.ask(suite.asked))
     assert company.ear.preemptions > 0
 
@@ -108,6 +108,6 @@ def test_an_answer_is_the_same_though_its_worker_died_in_between(suite, draft):
 
 
 def test_an_answer_is_the_same_through_deaths_preemptions_drafts_and_small_steps_together(suite):
-    company = Company(suite.loaded, pages=28, page_size=8, draft="ngram", max_step_tokens=40)
+    company = Company(suite.loaded, pages=14, page_size=8, draft="ngram", max_step_tokens=40)
     suite.check(company.ask(suite.asked, kill_after=(90, 300)))
     assert company.ear.preemptions > 0
