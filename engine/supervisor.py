@@ -12,7 +12,7 @@ for how long it has waited for a step. Who owes an answer for too long is killed
                  └◀───▶ reloading: servers hold back what is new until all other children serve another model
 
 All of that is one state machine over the same few children, which is why the file is as long as it is. It never touches a request. SIGINT
-ends everything at once; SIGTERM drains first; when the supervisor itself dies, the death pipe (see `engine.process`) takes every child along.
+ends everything at once; SIGTERM drains first; when the supervisor itself dies, the death pipe (see `engine.process`) takes all along.
 """
 
 import asyncio
