@@ -60,6 +60,7 @@ class Desk:
         self.name = name
         self.config = config
         self.metrics = Metrics()
+        self.rejected_frames = self.metrics.counter("headrace_rejected_frames_total", "Of no use here.")
         self.post = self
         self.progress: Any = None
         self.kept: deque[bytes] = deque()
