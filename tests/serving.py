@@ -170,6 +170,9 @@ class Engine:
     def until_empty(self, timeout: float = 10) -> dict:
         """Idle, and nothing is left of any request: no page in use, no entry in a tokenizer's table."""
         health = self.until_idle(timeout)
+        deadline = time.monotonic() + timeout
+        while not self.has_metric("headrace_tokenizer_live_requests"):
+            assert time.monotonic() < deadline, "no tokenizer tells what it holds"
         assert self.metric("headrace_kv_pages", state="used") == 0
         assert self.metric("headrace_tokenizer_live_requests") == 0
         assert self.metric("headrace_requests_running") == self.metric("headrace_requests_waiting") == 0

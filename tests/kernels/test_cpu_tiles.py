@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,13 @@ def program(tmp_path_factory) -> Path:
         "bfloats": (SOURCES / "bfloats.cpp", portable),
         "bfloats by tiles": (SOURCES / "bfloats.cpp", tiles),
     }
-    for name, (source, flags) in parts.items():
+
+    def compiled(name: str) -> None:
+        source, flags = parts[name]
         subprocess.run([COMPILER, *FLAGS, *flags, str(source), "-o", str(folder / f"{name}.o")], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compiled, parts))
     subprocess.run([COMPILER, "-pthread", *(str(folder / f"{name}.o") for name in parts), "-o", str(folder / "compare")], check=True)
     return folder / "compare"
 

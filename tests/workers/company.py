@@ -28,7 +28,7 @@ from tests.engine.protocol.network import Died, Network, Surroundings
 from tests.engine.protocol.peers import FRONTEND, Supervisor
 from tests.workers.model.drive import Loaded
 
-WORKER = "worker-0"
+TOKENIZER, WORKER = "tokenizer-0", "worker-0"
 MODEL = ModelFiles("tiny", "/nowhere", "gguf", "llama", context=4096, vocab_size=1 << 16, end_tokens=(), bos_token=1, weight_bytes=0)
 """What the scheduler must know of any model."""
 
@@ -106,11 +106,11 @@ class Company:
 
         supervisor = Supervisor(network, [WORKER])
         network.add(Surroundings(network, "supervisor", spec, FromChild | Died, lambda process: supervisor)).boot()
-        add(FRONTEND, FromScheduler, lambda process: self.ear)
-        add("tokenizer-0", FromScheduler, lambda process: self.ear)
+        add(TOKENIZER, FromScheduler, lambda process: self.ear)
+        add(FRONTEND, FromScheduler, lambda process: Ear())  # whom the supervisor tells of deaths, and who does nothing about them
         add("scheduler", ToScheduler | FromWorker, Scheduler)
         add(WORKER, ToWorker, worker)
-        for name in (FRONTEND, "scheduler", WORKER):
+        for name in (TOKENIZER, FRONTEND, "scheduler", WORKER):
             network.start(name)
 
     def ask(self, requests: Iterable[Request], kill_after: tuple[int, ...] = ()) -> list[Answer]:
@@ -119,8 +119,8 @@ class Company:
         for request in requests:
             self._next += 1
             numbers.append(self._next)
-            submit = Submit(self._next, FRONTEND, list(request.prompt), request.sampling, request.seed)
-            self._network.processes[FRONTEND].send("scheduler", submit)
+            submit = Submit(self._next, TOKENIZER, list(request.prompt), request.sampling, request.seed)
+            self._network.processes[TOKENIZER].send("scheduler", submit)
         kills = sorted(kill_after, reverse=True)
         begun = self.ear.tokens
         with ExitStack() as stack:
