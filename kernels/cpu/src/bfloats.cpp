@@ -14,6 +14,7 @@
 //   pairs   weights of two inputs side by side, the even one in the lower half: [inputs / 2][PANEL]. A stretch of inputs of some panels is
 //           unpacked to pairs once, and read by all rows.
 #include <algorithm>
+#include <type_traits>
 
 #include "blocks.h"
 #include "flushing.h"
@@ -129,26 +130,38 @@ struct FloatPairs {
 #if defined(HEADRACE_AMX)
 
 struct Means {
-    static constexpr int TALL = 2 * tiles::ROWS;
     tiles::Paired tiles;
 
-    template <int N>
-    void add(const uint32_t* const* pairs, int64_t panels, const uint8_t* x, int64_t block, int64_t inputs, float* const* sums) {
-        tiles.rows(N);
-        if (panels == SIDE)
-            tiles::add_pairs<N, SIDE>(pairs, x, block, inputs, sums);
-        else
-            tiles::add_pairs<N, 1>(pairs, x, block, inputs, sums);
+    // Calls each(first, count) for as many rows at a time as `add` takes.
+    template <class Each>
+    static void some_rows(int64_t rows, const Each& each) {
+        constexpr int64_t TALL = 2 * tiles::ROWS;
+        for (int64_t r = 0; r < rows; r += TALL) each(r, static_cast<int>(std::min(TALL, rows - r)));
+    }
+
+    void add(int count, const uint32_t* const* pairs, int64_t panels, const uint8_t* x, int64_t block, int64_t inputs, float* const* sums) {
+        tiles.rows(count);
+        auto product = [&]<bool MORE>() {
+            if (panels == SIDE)
+                tiles::add_pairs<MORE, SIDE>(pairs, x, block, inputs, sums);
+            else
+                tiles::add_pairs<MORE, 1>(pairs, x, block, inputs, sums);
+        };
+        count > tiles::ROWS ? product.template operator()<true>() : product.template operator()<false>();
     }
 };
 
 #else
 
 struct Means {
-    static constexpr int TALL = 4;
+    template <class Each>
+    static void some_rows(int64_t rows, const Each& each) {
+        by_most<4>(rows, [&]<int N>(int64_t r) { each(r, std::integral_constant<int, N>{}); });
+    }
 
     template <int N>
-    static void add(const uint32_t* const* pairs, int64_t panels, const uint8_t* x, int64_t, int64_t inputs, float* const* sums) {
+    static void add(std::integral_constant<int, N>, const uint32_t* const* pairs, int64_t panels, const uint8_t* x, int64_t, int64_t inputs,
+                    float* const* sums) {
         for (int64_t p = 0; p < panels; p++)
             for (int part = 0; part < PARTS; part++) add_part<N>(pairs[p] + part * wide::WIDTH, x, inputs, sums[p] + part * wide::WIDTH);
     }
@@ -202,13 +215,13 @@ struct Product {
         for (int64_t from = 0; from < w.inputs; from += longest) {
             const int64_t to = std::min(w.inputs, from + longest);
             for (int64_t p = 0; p < panels; p++) source.unpack(panel + p, from, to, SIDE * w.panel(), pairs[p]);
-            by_most<Means::TALL>(rows, [&]<int N>(int64_t r) {
+            Means::some_rows(rows, [&](int64_t r, auto count) {
                 const uint32_t* of[SIDE] = {pairs[0], pairs[1]};
                 if (from == 0)
-                    for (int i = 0; i < N; i++)
+                    for (int i = 0; i < count; i++)
                         for (int64_t p = 0; p < panels; p++) __builtin_prefetch(y + (r + i) * width + (panel + p) * PANEL, 1, 2);
                 float* to_add[SIDE] = {sums[0] + r * PANEL, sums[1] + r * PANEL};
-                means.template add<N>(of, panels, x + r / NARROWED * block + r % NARROWED * 64 + from * 2 * NARROWED, block, to - from, to_add);
+                means.add(count, of, panels, x + r / NARROWED * block + r % NARROWED * 64 + from * 2 * NARROWED, block, to - from, to_add);
             });
         }
         for (int64_t p = 0; p < panels; p++) finish(w, panel + p, sums[p], rows, y, width);

@@ -110,11 +110,12 @@ class Paired {
     int count = 0;
 };
 
-// Adds the products of N rows of narrowed x, whose blocks are so many bytes apart, with PANELS panels' pairs to sums [N][PANEL] of each. Registers: 0 and 1 sums of the first rows with
-// both panels, 2 and 3 those of the other rows, 4 and 5 x, 6 and 7 pairs.
-template <int N, int PANELS>
+// Adds the products of up to 16 rows of narrowed x, or of up to 32 where there are MORE, with PANELS panels' pairs to sums [rows][PANEL] of
+// each. Blocks of x are `block` bytes apart. Registers: 0 and 1 sums of the first rows with both panels, 2 and 3 those of the other rows, 4
+// and 5 x, 6 and 7 pairs.
+template <bool MORE, int PANELS>
 inline void add_pairs(const uint32_t* const* pairs, const uint8_t* x, int64_t block, int64_t inputs, float* const* sums) {
-    constexpr bool MORE = N > ROWS, TWO = PANELS > 1;
+    constexpr bool TWO = PANELS > 1;
     const uint8_t* others = x + block;
     settle();
     _tile_loadd(0, sums[0], 4 * PANEL);
