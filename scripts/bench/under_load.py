@@ -235,7 +235,7 @@ async def soak(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
                     kinds["aborted"] += 1
                     continue
             one = await request
-            kinds["error" if one.error else "ended"] += 1
+            kinds[f"error: {one.error}" if one.error else "ended"] += 1
 
     async def watch() -> None:
         while time.perf_counter() < ends:
