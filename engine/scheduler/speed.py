@@ -10,8 +10,8 @@ Both terms are averages of what was measured, so they follow the machine, the mo
 STRETCH = 1.6
 """How much longer than a step of decodes alone one with a chunk may be, where that is more than the target."""
 
-LEAST = 16
-"""Tokens of a chunk that are always allowed: smaller ones cost more than they are worth."""
+LEAST = 4
+"""Tokens of a chunk that are always allowed, however long they take: a prompt must come to its end."""
 
 _NEWEST = 0.2
 """Weight of the newest measurement."""

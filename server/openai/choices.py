@@ -21,12 +21,12 @@ from headrace.server.openai.errors import Refusal
 
 
 class Answer:
-    """All choices of one HTTP request: when they are accepted, and when they are done."""
+    """All choices of one HTTP request: when the first begins, and when they are done."""
 
     def __init__(self, count: int) -> None:
         self._changed = asyncio.Event()
         self._refusal: Refusal | None = None
-        self._unaccepted = count
+        self._begun = False
         self._unfinished = count
 
     @property
@@ -34,17 +34,19 @@ class Answer:
         """Whether every choice has ended."""
         return self._unfinished == 0
 
-    async def all_accepted(self) -> None:
-        """Wait until the prompt of every choice was accepted. Raises the `Refusal` of one that was not."""
-        await self._until(lambda: self._unaccepted == 0)
+    async def first_begun(self) -> None:
+        """Wait until a choice has something to show. Raises the `Refusal` of one that failed before: a full queue is told by the answer's
+        status, not within a stream that promised better."""
+        await self._until(lambda: self._begun)
 
     async def all_done(self) -> None:
         """Wait until every choice has ended. Raises the `Refusal` of one that failed."""
         await self._until(lambda: self._unfinished == 0)
 
-    def one_accepted(self) -> None:
-        self._unaccepted -= 1
-        self._changed.set()
+    def one_begun(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._changed.set()
 
     def one_ended(self) -> None:
         self._unfinished -= 1
@@ -78,7 +80,6 @@ class Choice:
     def accepted(self, message: Accepted) -> None:
         if self.prompt is None:
             self.prompt = message
-            self._answer.one_accepted()
 
     def prompt_scores(self, message: PromptScores) -> None:
         self.prompt_token_scores = message.scores

@@ -219,7 +219,6 @@ class OpenAIRoutes:
                 if begun.tokens > len(emitted):
                     raise Refusal(f"Last-Event-ID names {begun.tokens} tokens, there were {len(emitted)}", "Last-Event-ID")
                 if begun.ended and one.end is not None:
-                    flow.answer.one_accepted()
                     flow.sinks[choice].end(one.end, time.monotonic())
                     continue
                 again = msgspec.structs.replace(one.generate, requests=(ids[choice],), emitted=(emitted[: begun.tokens],))

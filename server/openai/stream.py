@@ -110,11 +110,11 @@ class StreamedChoice:
             self.prompt = message
             if self._echo:
                 self._text = message.prompt_text or ""
-            self._answer.one_accepted()
 
     def prompt_scores(self, message: PromptScores) -> None:
         if not self._held:
             return  # told again by a tokenizer that took over
+        self._answer.one_begun()
         self._scores = [*message.scores, *self._scores]
         if self.prompt:
             self._first = first_token(self.prompt, message.scores)
@@ -122,6 +122,7 @@ class StreamedChoice:
         self.flush()
 
     def text(self, text: str, count: int, scores: Scores | None, now: float) -> None:
+        self._answer.one_begun()
         if count:
             self._tokens += count
             self._timing.tokens(now)
@@ -137,6 +138,7 @@ class StreamedChoice:
 
     def end(self, message: End, now: float) -> None:
         self.finish = message
+        self._answer.one_begun()
         self._timing.end(message, now)
         if self._ended:  # the client knew before it lost its connection
             self._answer.one_ended()
@@ -183,9 +185,9 @@ async def stream_answer(
 ) -> web.StreamResponse:
     """Stream `choices` until all have ended. `counts` gives the usage for the last chunk, None sends none.
 
-    Raises `Refusal` when a prompt is not accepted: nothing has been sent then.
+    Raises `Refusal` when a choice fails before one has anything to show: nothing has been sent then.
     """
-    await answer.all_accepted()
+    await answer.first_begun()
 
     def room() -> None:
         for choice in choices:

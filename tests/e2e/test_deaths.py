@@ -242,6 +242,9 @@ async def test_beyond_the_queue_requests_are_refused_with_a_time_to_come_back():
             with pytest.raises(RateLimited, match="1 requests are waiting already") as refused:
                 client.chat(HELLO, max_tokens=1)
             assert refused.value.retry_after
+            with pytest.raises(RateLimited, match="1 requests are waiting already") as refused:
+                client.chat_stream(HELLO, max_tokens=1)
+            assert refused.value.retry_after
 
 
 # Being told to stop

@@ -93,6 +93,7 @@ async def test_nothing_follows_a_failure_even_when_the_client_was_behind(stage):
     body = b'{"prompt":"x","stream":true,"n":2}'
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
     first, second = (await stage.desk.accept()).requests
+    stage.desk.say(first, "little")
     await reader.readuntil(b"\r\n\r\n")
     for _ in range(200):
         stage.desk.say(first, "much " * 20_000)
@@ -107,6 +108,17 @@ async def test_nothing_follows_a_failure_even_when_the_client_was_behind(stage):
     assert b"invalid_logits" in said
     assert b"late" not in said
     writer.close()
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, "overloaded"), (504, "timeout")])
+async def test_a_stream_that_fails_before_it_has_begun_is_answered_by_a_status(stage, status, code):
+    answer = stage.stream(n=2)
+    first, _ = (await stage.desk.accept()).requests
+    stage.desk.send(Failed(first, status, code, "no room", None, 3.0))
+    found, said, response = await answer
+    assert found == status
+    assert code in said
+    assert response.headers["Retry-After"] == "3"
 
 
 async def test_when_one_of_several_prompts_is_refused_nothing_of_the_others_runs_on(stage):
