@@ -11,8 +11,8 @@ STRETCH = 1.6
 """How much longer than a step of decodes alone one with a chunk may be, where that is more than the target."""
 
 LEAST = 16
-"""Tokens of a chunk that are always allowed: smaller ones cost more than they are worth. A chunk reads all keys and values before it, however
-few its tokens are: behind 8,000 tokens, chunks of 4 took a prompt three times as long, and other requests paused no less."""
+"""Tokens of a chunk that are always allowed: smaller ones cost more than they are worth. A chunk reads all keys and values before it,
+however few its tokens are: behind 8,000, chunks of 4 took a prompt three times as long, and others paused no less."""
 
 _NEWEST = 0.2
 """Weight of the newest measurement."""
