@@ -21,6 +21,8 @@ class PreparedLinear:
     """float32 [N], not padded."""
     outputs: int
     """N before padding."""
+    inputs: int
+    """K before padding."""
     tiles: tuple[int, ...]
     activations: str
     """What the inputs are rounded to first: "int8", "bf16", or "f32" where they are not."""
@@ -44,7 +46,7 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
         activations = "f32"
     if activations == "bf16":
         matrix = narrowed(matrix)
-    return PreparedLinear(matrix.t(), offsets, outputs, trusted_tiles(matrix.t()), activations)
+    return PreparedLinear(matrix.t(), offsets, outputs, inputs, trusted_tiles(matrix.t()), activations)
 
 
 def takes(weight: Weight, activations: str) -> bool:
