@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.tiles import K_BLOCK, MANY, precision_of, rows_of, split_of
-from headrace.kernels.weights import Dense, GroupedInt, Weight
+from headrace.kernels.weights import Dense, GroupedInt, ScaledFloat, Weight
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -59,8 +59,8 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
         raise ValueError(f"weights of {[weight.shape[1] for weight in weights]} inputs cannot be stacked")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"a bias of shape {bias.shape} does not fit {outputs} outputs")
-    stacks: list[list[Weight]] = []
-    for weight in weights:
+    stacks: list[list[Dense | GroupedInt]] = []
+    for weight in map(_known, weights):
         if stacks and _form(stacks[-1][0]) == _form(weight):
             stacks[-1].append(weight)
         else:
@@ -73,7 +73,14 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
     return parts
 
 
-def _form(weight: Weight) -> tuple:
+def _known(weight: Weight) -> Dense | GroupedInt:
+    """The weight, as floats where the kernels do not know its form."""
+    if isinstance(weight, ScaledFloat) or (isinstance(weight, GroupedInt) and weight.zeros is not None):
+        return Dense(weight.dequantize())
+    return weight
+
+
+def _form(weight: Dense | GroupedInt) -> tuple:
     if isinstance(weight, Dense):
         return (weight.dtype,)
     return weight.group, _nibbles_from(weight), weight.minimums is None
@@ -86,7 +93,7 @@ def _nibbles_from(weight: GroupedInt) -> int | None:
     return 0 if weight.minimums is not None else -8
 
 
-def _stacked(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device) -> DeviceWeight:
+def _stacked(weights: Sequence[Dense | GroupedInt], bias: np.ndarray | None, device: torch.device) -> DeviceWeight:
     offsets = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=device)
     first = weights[0]
     if isinstance(first, Dense):
