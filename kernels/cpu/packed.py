@@ -1,6 +1,8 @@
 """Weights as the native kernels want them: packed once into panels of 16 outputs, codes beside their scales (`src/ops.h` has the layout).
 
     Dense f32 | bf16 | f16   ─▶  as stored
+    ScaledFloat, and
+    GroupedInt with zeros    ─▶  as float32
     GroupedInt               ─▶  codes of 4 bits two to a byte, others one; scales and minimums as binary16, as the two levels of
                                  K-quants, or as float32: the first of these that is exact
 
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from headrace.kernels.cpu import _native
-from headrace.kernels.weights import Dense, GroupedInt, Weight
+from headrace.kernels.weights import Dense, GroupedInt, ScaledFloat, Weight
 
 FORMAT = 1
 """Rises with every change of what `pack` makes of the same weights, src/pack.cpp included."""
@@ -197,7 +199,9 @@ def _rows(weight: Weight) -> tuple[int, int, int, int]:
 
 
 def _checked(weight: Weight) -> Weight:
-    """The weight in contiguous memory. ValueError unless it is whole."""
+    """The weight in contiguous memory, in a form that the native kernels have. ValueError unless it is whole."""
+    if isinstance(weight, ScaledFloat) or (isinstance(weight, GroupedInt) and weight.zeros is not None):
+        weight = Dense(weight.dequantize())
     storage = weight.codes if isinstance(weight, GroupedInt) else weight.values
     if storage.ndim != 2 or storage.size == 0:
         raise ValueError(f"a weight must be a matrix and hold something, it is {list(storage.shape)}")

@@ -32,7 +32,7 @@ class ReferenceBackend:
 
     def __init__(self, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> None:
         self.device = torch.device(device)
-        self._activations = "int8" if activations == "auto" else activations
+        self._activations = activations
         if threads is not None:
             torch.set_num_threads(threads)
 

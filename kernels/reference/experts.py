@@ -59,7 +59,7 @@ def experts(
 
 def alike(experts: Sequence[PreparedLinear], expected: int) -> Sequence[PreparedLinear]:
     """The experts' layers as they are. ValueError unless there are as many as expected, of one shape."""
-    shapes = {(one.outputs, one.inputs) for one in experts}
+    shapes = {(one.outputs, one.parts[0].matrix.shape[0]) for one in experts}
     if len(experts) != expected or len(shapes) != 1:
         raise ValueError(f"there are layers of {len(experts)} experts, of shapes {sorted(shapes)}: it must be {expected} of one shape")
     return experts

@@ -4,7 +4,7 @@
 of an op are the next op's inputs on the device; the host waits for nothing until tokens are sampled.
 
 Activations between ops are of one type, bfloat16 unless float32 is asked for, the residual stream and the logits float32; every sum is
-float32. Integer weights are dequantized in registers and rounded to that type.
+float32. Integer weights are multiplied as whole numbers, and their sums scaled.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,12 @@ from headrace.kernels.triton import attention as attention_op
 from headrace.kernels.triton.embed import embed
 from headrace.kernels.triton.gated import gated
 from headrace.kernels.triton.graphs import Graphs
-from headrace.kernels.triton.linear import DeviceWeight, linear, prepare
+from headrace.kernels.triton.linear import linear
 from headrace.kernels.triton.norm import add_rmsnorm, rmsnorm
 from headrace.kernels.triton.pages import KVPages, page_bytes
 from headrace.kernels.triton.rope import rope_write_kv
 from headrace.kernels.triton.step import StepTokens
+from headrace.kernels.triton.weights import DeviceWeight, prepare
 from headrace.kernels.weights import Weight
 
 Prepared = list[DeviceWeight]
@@ -78,12 +79,13 @@ class TritonOps:
 
 
 class TritonBackend:
-    """`headrace.kernels.ops.Backend`, whose docstrings hold here. `dtype` is that of activations: torch.bfloat16, float16 or float32."""
+    """`headrace.kernels.ops.Backend`, whose docstrings hold here. `dtype` is that of activations: torch.bfloat16, float16 or float32;
+    with `rounds_inputs`, those of layers whose weights ask for it are rounded to 8 bits before they are multiplied."""
 
     name = "triton"
 
-    def __init__(self, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+    def __init__(self, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, rounds_inputs: bool = True) -> None:
+        self.device, self.dtype, self._rounds_inputs = torch.device(device), dtype, rounds_inputs
         self._prepared: dict[str, Prepared] = {}
 
     def keep(self, folder: Path, version: str) -> None:
@@ -91,7 +93,7 @@ class TritonBackend:
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Prepared:
         if name not in self._prepared:
-            self._prepared[name] = prepare(weights(), bias, self.device)
+            self._prepared[name] = prepare(weights(), bias, self.device, self._rounds_inputs)
         return self._prepared[name]
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Prepared:

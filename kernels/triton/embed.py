@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.linear import HALF, DeviceWeight
+from headrace.kernels.triton.grouped import e4m3_value
+from headrace.kernels.triton.weights import DeviceWeight
 
 _BLOCK = 512
 
@@ -18,29 +19,31 @@ def embed_kernel(
     scales,
     minimums,
     Y,
+    rows,
     width,
-    stride,
     scale,
-    BITS: tl.constexpr,
+    FORM: tl.constexpr,
     GROUP: tl.constexpr,
     LOW: tl.constexpr,
     MINIMUMS: tl.constexpr,
-    HALF: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + token).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    if BITS == 0:
-        value = tl.load(W + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if FORM == "floats":
+        value = tl.load(W + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     else:
-        if BITS == 4:
-            byte = tl.load(W + row * stride + columns // (2 * HALF) * HALF + columns % HALF, mask=inside, other=0).to(tl.int32)
-            code = (byte >> (columns // HALF % 2 * 4) & 15) + LOW
+        if FORM == "nibbles":
+            byte = tl.load(W + row * (width // 2) + columns // (2 * PART) * PART + columns % PART, mask=inside, other=0).to(tl.int32)
+            code = (byte >> (columns // PART % 2 * 4) & 15) + LOW
         else:
-            code = tl.load(W + row * stride + columns, mask=inside, other=0).to(tl.int32)
-        place = row * (width // GROUP) + columns // GROUP
+            code = tl.load(W + row * width + columns, mask=inside, other=0)
+            if W.dtype.element_ty == tl.uint8:
+                code = e4m3_value(code)
+        place = (columns // GROUP if GROUP else columns * 0).to(tl.int64) * rows + row
         value = code.to(tl.float32) * tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
         if MINIMUMS:
             value += tl.load(minimums + place, mask=inside, other=0.0).to(tl.float32)
@@ -58,14 +61,14 @@ def embed(ids: torch.Tensor, table: Sequence[DeviceWeight], scale: float) -> tor
             w.scales,
             w.minimums,
             y,
+            w.outputs,
             w.inputs,
-            w.values.shape[1],
             scale,
-            BITS=w.bits,
+            FORM=w.form,
             GROUP=w.group,
             LOW=w.low,
             MINIMUMS=w.minimums is not None,
-            HALF=HALF,
+            PART=w.part,
             BLOCK=_BLOCK,
             num_warps=4,
         )

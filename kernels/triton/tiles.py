@@ -23,6 +23,8 @@ PROGRAMS = 264
 MOST_SPLITS = 8
 LEAST_SPLIT = 512
 """Inputs that are worth a split of their own."""
+SPLIT_STEP = 128
+"""A split is a multiple of this: of K_BLOCK, and of what integers are taken in at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,10 @@ def rows_of(tokens: int) -> Rows:
 
 
 def split_of(outputs: int, inputs: int) -> int:
-    """Inputs [K] of one split of a product: a multiple of K_BLOCK."""
+    """Inputs [K] of one split of a product: a multiple of SPLIT_STEP."""
     tiles = -(-outputs // FEW.outputs)
     splits = max(1, min(PROGRAMS // tiles, MOST_SPLITS, inputs // LEAST_SPLIT))
-    return -(-inputs // (splits * K_BLOCK)) * K_BLOCK
+    return -(-inputs // (splits * SPLIT_STEP)) * SPLIT_STEP
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -25,10 +25,10 @@ from headrace.client.bench.options import WORKLOADS
 from headrace.kernels.ops import Batch, HeadShape
 from headrace.kernels.reference import ReferenceBackend
 from headrace.kernels.triton import TritonBackend, TritonOps, TritonProgram
-from headrace.kernels.triton.linear import DeviceWeight
 from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.step import StepTokens
-from headrace.kernels.weights import Dense, Weight
+from headrace.kernels.triton.weights import DeviceWeight
+from headrace.kernels.weights import Dense, InputRounding, Weight
 from headrace.workers.model.config import DecoderConfig, LayerConfig, RopeConfig
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.names import HUGGINGFACE
@@ -85,23 +85,38 @@ class RandomCheckpoint:
 class OnDevice(TritonBackend):
     """Makes weights of the right sizes on the device itself, where many gigabytes are no matter."""
 
-    def __init__(self, checkpoint: RandomCheckpoint, bits: int) -> None:
+    def __init__(self, checkpoint: RandomCheckpoint, form: str) -> None:
         super().__init__("cuda")
-        self.bits = bits
+        self.form = form
         checkpoint.weight = lambda name: Dense(np.broadcast_to(np.float32(0), checkpoint.shapes[name]))  # type: ignore[method-assign]
 
     def prepare(self, name, weights, bias=None):
         shapes = [weight.shape for weight in weights()]
-        return [random_weight(sum(n for n, _ in shapes), shapes[0][1], self.bits)]
+        return [random_weight(sum(n for n, _ in shapes), shapes[0][1], self.form)]
 
 
-def random_weight(n: int, k: int, bits: int) -> DeviceWeight:
-    """bfloat16 for 16 bits, else codes in groups of 128 with scales."""
-    if bits == 16:
-        return DeviceWeight((torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) / k**0.5), None, None, None, k, k, 0)
-    values = torch.randint(0, 256, (n, k // 2 if bits == 4 else k), device=DEVICE, dtype=torch.uint8)
-    scales = torch.full((n, k // 128), 0.2 / k**0.5 / (1 if bits == 4 else 16), device=DEVICE, dtype=torch.float16)
-    return DeviceWeight(values if bits == 4 else values.view(torch.int8), scales, None, None, k, 128, -8 if bits == 4 else 0)
+FORMS = {"bf16": 16, "e4m3": 8, "e4m3 blocks": 8, "int8 x int8": 8, "int8": 8, "int4": 4}
+"""Weights that are timed, and bits of a code: float8 with inputs in float8, one scale a row or blocks of 128; int8 with inputs in int8; int8
+and
+int4 in groups of 128, with inputs in bfloat16."""
+
+
+def random_weight(n: int, k: int, form: str) -> DeviceWeight:
+    """A weight of one of FORMS."""
+    if form == "bf16":
+        return DeviceWeight("floats", torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) / k**0.5, k)
+    groups = 1 if form in ("e4m3", "int8 x int8") else k // 128
+    scales = torch.full((groups, n), 0.2 / k**0.5 / (1 if form == "int4" else 16), device=DEVICE)
+    if form.startswith("e4m3"):
+        values = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
+        group = 0 if groups == 1 else 128
+        return DeviceWeight("e4m3", values, k, None, scales, None, group, 0, InputRounding("e4m3", group or None))
+    values = torch.randint(0, 256, (n, k // 2 if form == "int4" else k), device=DEVICE, dtype=torch.uint8)
+    if form == "int8 x int8":
+        return DeviceWeight("bytes", values.view(torch.int8), k, None, scales, None, 0, 0, InputRounding("int8"))
+    if form == "int8":
+        return DeviceWeight("bytes", values.view(torch.int8), k, None, scales.half(), None, 128)
+    return DeviceWeight("nibbles", values, k, None, scales.half(), None, 128, -8)
 
 
 @dataclass
@@ -211,13 +226,13 @@ SHAPES = {"qkv": (6144, 4096), "output": (4096, 4096), "gate up": (28672, 4096),
 def products(results: dict, peak: Peaks) -> None:
     ops = TritonOps(torch.bfloat16, torch.bfloat16)
     rows = results["products"] = []
-    print("  Llama-3-8B         bits    rows       µs    GB/s  of peak  TFLOP/s  of peak   torch bf16 µs")
-    for bits in (16, 8, 4):
+    print("  Llama-3-8B       weights          rows       µs    GB/s  of peak  TFLOP/s  of peak   torch bf16 µs")
+    for form, bits in FORMS.items():
         for name, (n, k) in SHAPES.items():
             # Several, so that none is found in the cache.
             count = max(1, min(6, (400 << 20) // (n * k * bits // 8)))
-            weights = [[random_weight(n, k, bits)] for _ in range(count)]
-            for tokens in (1, 16, 64, 128, 2048) if bits == 16 or name == "gate up" else (1, 16, 64):
+            weights = [[random_weight(n, k, form)] for _ in range(count)]
+            for tokens in (1, 16, 64, 128, 2048) if form == "bf16" or name == "gate up" else (1, 16, 64):
                 x = torch.randn(tokens, k, device=DEVICE, dtype=torch.bfloat16)
 
                 def all_of_them(x=x, weights=weights):
@@ -226,13 +241,13 @@ def products(results: dict, peak: Peaks) -> None:
 
                 took = milliseconds(all_of_them) / count * 1e-3
                 others = None
-                if bits == 16:
+                if form == "bf16":
                     others = milliseconds(lambda x=x, weights=weights: [x @ w[0].values.t() for w in weights]) / count * 1e3
                 moved, done = n * k * bits / 8 + 2 * tokens * (n + k), 2 * tokens * n * k
                 rows.append(
                     {
                         "layer": name,
-                        "bits": bits,
+                        "weights": form,
                         "rows": tokens,
                         "us": took * 1e6,
                         "torch_us": others,
@@ -241,7 +256,7 @@ def products(results: dict, peak: Peaks) -> None:
                     }
                 )
                 print(
-                    f"  {name:16} {bits:6} {tokens:7} {took * 1e6:8.1f} {moved / took / 1e9:7.0f} {moved / took / peak.bytes_s:7.0%}"
+                    f"  {name:16} {form:12} {tokens:7} {took * 1e6:8.1f} {moved / took / 1e9:7.0f} {moved / took / peak.bytes_s:7.0%}"
                     f" {done / took / 1e12:8.1f} {done / took / peak.operations_s:7.0%}   {others or 0:8.1f}",
                     flush=True,
                 )
@@ -291,9 +306,10 @@ def decoding(results: dict, peak: Peaks) -> None:
     """Whole decode steps of Llama-3-8B with random weights, through the program and its graphs."""
     rows = results["decode"] = []
     heads = head_shape(LLAMA_8B)
-    for bits in (16, 4):
+    for form in ("bf16", "e4m3", "int4"):
+        bits = FORMS[form] + (2 / 16 if form == "int4" else 0)
         checkpoint = RandomCheckpoint(LLAMA_8B, torch.bfloat16)
-        backend = OnDevice(checkpoint, bits)
+        backend = OnDevice(checkpoint, form)
         decoder = Decoder(LLAMA_8B, HUGGINGFACE, checkpoint, backend, 8192)
         kv = backend.new_kv(32, 128 * 129, 16, heads, "bf16")
         program = TritonProgram(backend, decoder, kv)
@@ -306,11 +322,11 @@ def decoding(results: dict, peak: Peaks) -> None:
                 program.run(batch, picks).argmax(-1).tolist()
                 took.append(time.perf_counter() - begun)
             step = float(np.median(took[5:]))
-            weights = 7.504e9 * (bits / 8 if bits == 16 else bits / 8 + 2 / 128)
+            weights = 7.504e9 * bits / 8
             floor = (weights + each * 2048 * 2 * 8 * 128 * 2 * 32) / peak.bytes_s
-            rows.append({"bits": bits, "requests": each, "ms": step * 1e3, "floor_ms": floor * 1e3})
+            rows.append({"weights": form, "requests": each, "ms": step * 1e3, "floor_ms": floor * 1e3})
             print(
-                f"  {bits:2} bits, {each:3} requests at 2048: {step * 1e3:6.2f} ms a step, {each / step:6.0f} tok/s; "
+                f"  {form:5} {each:3} requests at 2048: {step * 1e3:6.2f} ms a step, {each / step:6.0f} tok/s; "
                 f"weights and KV once: {floor * 1e3:.2f} ms ({floor / step:.0%})",
                 flush=True,
             )
@@ -319,8 +335,8 @@ def decoding(results: dict, peak: Peaks) -> None:
         begun = time.perf_counter()
         program.run(prompt, np.array([2047], np.int32)).argmax(-1).tolist()
         took_s = time.perf_counter() - begun
-        rows.append({"bits": bits, "prompt": 2048, "ms": took_s * 1e3})
-        print(f"  {bits:2} bits, a prompt of 2048: {took_s * 1e3:.1f} ms, {2048 * 2 * 7.0e9 / took_s / 1e12:.0f} TFLOP/s")
+        rows.append({"weights": form, "prompt": 2048, "ms": took_s * 1e3})
+        print(f"  {form:5} a prompt of 2048: {took_s * 1e3:.1f} ms, {2048 * 2 * 7.0e9 / took_s / 1e12:.0f} TFLOP/s")
         del program, decoder, kv, backend
         torch.cuda.empty_cache()
 

@@ -19,10 +19,10 @@ from headrace.kernels.aot import MOST_SHARED, TARGETS, Compiled, compiling_for
 from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference.rope import Rope
 from headrace.kernels.triton import TritonOps
-from headrace.kernels.triton.linear import DeviceWeight
 from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.step import StepTokens, Tiles
 from headrace.kernels.triton.tiles import QUERY_ROWS
+from headrace.kernels.triton.weights import DeviceWeight
 
 META = torch.device("meta")
 BUDGET = Path(__file__).parents[2] / "kernels" / "triton" / "budget.json"
@@ -57,12 +57,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def weight(n: int, k: int, bits: int, group: int = 128) -> list[DeviceWeight]:
-    """bfloat16 for 16 bits, else codes in groups with float16 scales; 4-bit ones have minimums too."""
+    """bfloat16 for 16 bits, else codes in groups with float16 scales."""
     if bits == 16:
-        return [DeviceWeight(empty(n, k), None, None, None, k, k, 0)]
+        return [DeviceWeight("floats", empty(n, k), k)]
     codes = empty(n, k // 2, dtype=torch.uint8) if bits == 4 else empty(n, k, dtype=torch.int8)
-    scales = empty(n, k // group, dtype=torch.float16)
-    return [DeviceWeight(codes, scales, scales if bits == 4 else None, None, k, group, 0)]
+    scales = empty(k // group, n, dtype=torch.float16)
+    return [DeviceWeight("nibbles" if bits == 4 else "bytes", codes, k, None, scales, None, group, -8 if bits == 4 else 0)]
 
 
 def tokens_of(count: int, requests: int, context: int, heads: HeadShape) -> StepTokens:

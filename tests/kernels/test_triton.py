@@ -47,12 +47,12 @@ def test_every_op_is_what_the_reference_gives_in_the_interpreter(shard):
 def test_codes_of_four_bits_are_packed_and_taken_apart_alike():
     import torch
 
-    from headrace.kernels.triton.linear import HALF, prepare
+    from headrace.kernels.triton.weights import prepare
     from headrace.kernels.weights import GroupedInt
 
-    codes = np.random.default_rng(1).integers(-8, 8, (5, 4 * HALF), np.int8)
-    (weight,) = prepare([GroupedInt(codes, np.ones((5, 4), np.float32), None, HALF, 4)], None, torch.device("cpu"))
-    packed = weight.values.numpy().reshape(5, 2, HALF)
+    codes = np.random.default_rng(1).integers(-8, 8, (5, 256), np.int8)
+    (weight,) = prepare([GroupedInt(codes, np.ones((5, 4), np.float32), None, 64, 4)], None, torch.device("cpu"))
+    packed = weight.values.numpy().reshape(5, -1, weight.part)
     apart = np.stack([packed & 15, packed >> 4], 2).astype(np.int8) + weight.low
     assert (apart.reshape(5, -1) == codes).all()
 
@@ -66,11 +66,11 @@ def test_the_rows_that_a_row_of_a_tree_sees_are_its_path_from_the_root():
 
 @pytest.mark.parametrize("splits", [(4096, 4096), (28672, 4096), (64, 100_000), (128256, 64)])
 def test_a_product_is_split_by_its_weight_alone_and_whole_blocks_at_a_time(splits):
-    from headrace.kernels.triton.tiles import K_BLOCK, MOST_SPLITS, split_of
+    from headrace.kernels.triton.tiles import MOST_SPLITS, SPLIT_STEP, split_of
 
     outputs, inputs = splits
     split = split_of(outputs, inputs)
-    assert split % K_BLOCK == 0
+    assert split % SPLIT_STEP == 0
     assert 1 <= -(-inputs // split) <= MOST_SPLITS
 
 

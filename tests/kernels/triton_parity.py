@@ -213,10 +213,11 @@ class Checks:
         return wrong
 
 
-def run(device: str, dtypes: list[torch.dtype], shard: int = 0, shards: int = 1) -> Iterator[dict]:
-    """The outcome of every check, or of each `shards`-th from `shard` on: most of the time goes into compiling kernels, one core each."""
+def run(device: str, dtypes: list[torch.dtype], only: str = "", shard: int = 0, shards: int = 1) -> Iterator[dict]:
+    """The outcome of every check whose name contains `only`, or of each `shards`-th of these from `shard` on: most of the time goes into
+    compiling kernels, one core each."""
     for dtype in dtypes:
-        for name, check, bound in list(Checks(device, dtype).all())[shard::shards]:
+        for name, check, bound in [one for one in Checks(device, dtype).all() if only in one[0]][shard::shards]:
             line = {"check": name, "type": str(dtype).removeprefix("torch."), "bound": bound}
             try:
                 error = check()
@@ -235,7 +236,7 @@ def main() -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     dtypes = [torch.float32] if interpreted else [torch.bfloat16, torch.float16, torch.float32]
     failed = 0
-    for line in run(arguments.device, dtypes, *arguments.shard):
+    for line in run(arguments.device, dtypes, arguments.only, *arguments.shard):
         failed += not line["ok"]
         print(json.dumps(line), flush=True)
     sys.exit(failed > 0)

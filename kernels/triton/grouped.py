@@ -1,0 +1,160 @@
+"""Products with weights of grouped integers or of float8: codes are multiplied as they are, and a group's sum by its scale.
+
+    codes [outputs, part] of a group ─exact─▶ type of x ┐
+    x [T, K] ─transposed─▶ [part, tokens] ──────────────┴▶ dot ─▶ block [outputs, tokens]   (to the end of the group, or of STEP inputs)
+    total += scale * block (+ minimum * the sum of these x)
+
+Whole numbers below 2^8 and float8 are exact in every type of x, so that nothing is rounded but sums in float32: more exact than weights
+that are dequantized to bfloat16 first, and less work where a group is long.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from headrace.kernels.triton.products import Product, columns_of, store_product
+from headrace.kernels.triton.tiles import precision_of
+from headrace.kernels.triton.weights import STEP, DeviceWeight
+
+_SUM_BLOCK = 1024
+
+
+@triton.jit
+def as_float(code, LOW: tl.constexpr, DTYPE: tl.constexpr):
+    """Whole numbers from 0 to 15, plus LOW, as floats. Bits of 2^7 with a number in its lowest places are that bfloat16 plus the number."""
+    if tl.bfloat16 == DTYPE:
+        return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) + (LOW - 128.0)
+    return (code.to(tl.int32) + LOW).to(DTYPE)
+
+
+@triton.jit
+def e4m3_value(code):
+    """Bytes of e4m3fn as float32, where the hardware knows no such type: as float16 they have the same fraction, and 2^8 to make up for."""
+    wide = code.to(tl.int16)
+    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+
+
+@triton.jit
+def group_values(values, k, outputs, N, K, GROUP: tl.constexpr):
+    """Scales or minimums of the group that holds input k, of these outputs: float32. GROUP 0: there is one group."""
+    if GROUP == 0:
+        return tl.load(values + outputs).to(tl.float32)
+    return tl.load(values + (tl.minimum(k, K - 1) // GROUP) * N + outputs).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T"])
+def grouped_kernel(
+    X,
+    W,
+    scales,
+    minimums,
+    sums,
+    bias,
+    Y,
+    T,
+    N,
+    K,
+    width,
+    stride,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOW: tl.constexpr,
+    MINIMUMS: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """See `Product` for what all kernels of products share. `stride` is what lies between rows of W."""
+    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    # What is read twice at the edges is not stored.
+    rows = tl.minimum(outputs, N - 1)
+    w_rows = W + rows.to(tl.int64)[:, None] * stride
+    x_rows = X + tl.minimum(tokens, T - 1).to(tl.int64)[None, :] * K
+    FOLD: tl.constexpr = min(GROUP, STEP) if GROUP else STEP
+    if WHOLE:
+        first, last = 0, SPLITS
+    else:
+        first = tl.program_id(2)
+        last = first + 1
+    total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+    for split in range(first, last):
+        acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+        for k in range(split * SPLIT, min(K, (split + 1) * SPLIT), STEP):
+            for fold in tl.static_range(STEP // FOLD):
+                at = k + fold * FOLD
+                factor = group_values(scales, at, rows, N, K, GROUP)
+                if MINIMUMS:
+                    minimum = group_values(minimums, at, rows, N, K, GROUP)
+                    sum = tl.load(sums + (at // FOLD).to(tl.int64) * T + tokens, mask=(tokens < T) & (at < K), other=0.0)
+                block = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+                for part in tl.static_range(FOLD // PART):
+                    columns = at + part * PART + tl.arange(0, PART)
+                    x = columns_of(x_rows, columns[:, None], K, EVEN)
+                    if NIBBLES:
+                        if (fold * FOLD // PART + part) % 2 == 0:
+                            bytes = (at + part * PART) // 2 + tl.arange(0, PART)
+                            packed = columns_of(w_rows, bytes[None, :], K // 2, EVEN)
+                            w = as_float(packed & 15, LOW, X.dtype.element_ty)
+                        else:
+                            w = as_float(packed >> 4, LOW, X.dtype.element_ty)
+                    else:
+                        w = columns_of(w_rows, columns[None, :], K, EVEN)
+                        if W.dtype.element_ty == tl.uint8:
+                            w = e4m3_value(w)
+                        w = w.to(x.dtype)
+                    block = tl.dot(w, x, block, input_precision=PRECISION)
+                acc = tl.fma(block, tl.broadcast_to(factor[:, None], [OUTPUTS, TOKENS]), acc)
+                if MINIMUMS:
+                    acc = tl.fma(
+                        tl.broadcast_to(minimum[:, None], [OUTPUTS, TOKENS]), tl.broadcast_to(sum[None, :], [OUTPUTS, TOKENS]), acc
+                    )
+        total += acc
+    store_product(Y, total, bias, outputs, tokens, first, T, N, width, WHOLE, BIAS)
+
+
+@triton.jit(do_not_specialize=["T"])
+def sums_kernel(X, Y, T, K, FOLD: tl.constexpr, BLOCK: tl.constexpr):
+    """Y[f, t]: the sum of the FOLD inputs from f * FOLD on of row t, float32."""
+    token = tl.program_id(0).to(tl.int64)
+    folds = tl.program_id(1) * (BLOCK // FOLD) + tl.arange(0, BLOCK // FOLD)
+    columns = folds[:, None] * FOLD + tl.arange(0, FOLD)[None, :]
+    x = tl.load(X + token * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+    tl.store(Y + folds.to(tl.int64) * T + token, tl.sum(x, 1), mask=folds * FOLD < K)
+
+
+def multiply_grouped(x: torch.Tensor, w: DeviceWeight, product: Product) -> None:
+    """x [T, K] times codes, scales and minimums."""
+    fold, sums = min(w.group or STEP, STEP), None
+    if w.minimums is not None:
+        sums = torch.empty(triton.cdiv(w.inputs, fold), product.tokens, dtype=torch.float32, device=x.device)
+        grid = (product.tokens, triton.cdiv(w.inputs, _SUM_BLOCK))
+        sums_kernel[grid](x, sums, product.tokens, w.inputs, FOLD=fold, BLOCK=_SUM_BLOCK, num_warps=4)
+    grouped_kernel[product.grid](
+        x,
+        w.values,
+        w.scales,
+        w.minimums,
+        sums,
+        w.bias,
+        product.target,
+        *product.sizes,
+        w.values.shape[1],
+        **product.options,
+        NIBBLES=w.form == "nibbles",
+        GROUP=w.group,
+        LOW=w.low,
+        MINIMUMS=w.minimums is not None,
+        EVEN=w.inputs % STEP == 0,
+        PRECISION=precision_of(x.dtype),
+        STEP=STEP,
+        PART=w.part,
+    )
