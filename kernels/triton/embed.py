@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.grouped import e4m3_value
+from headrace.kernels.triton.products import columns_of
 from headrace.kernels.triton.weights import DeviceWeight
 
 _BLOCK = 512
@@ -40,7 +41,7 @@ def embed_kernel(
             byte = tl.load(W + row * (width // 2) + columns // (2 * PART) * PART + columns % PART, mask=inside, other=0).to(tl.int32)
             code = (byte >> (columns // PART % 2 * 4) & 15) + LOW
         else:
-            code = tl.load(W + row * width + columns, mask=inside, other=0)
+            code = columns_of(W + row * width, columns, width, False)
             if W.dtype.element_ty == tl.uint8:
                 code = e4m3_value(code)
         place = (columns // GROUP if GROUP else columns * 0).to(tl.int64) * rows + row

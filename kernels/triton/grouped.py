@@ -11,20 +11,43 @@ that are dequantized to bfloat16 first, and less work where a group is long.
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
-from headrace.kernels.triton.products import Product, columns_of, store_product
+from headrace.kernels.triton.products import Product, columns_of, store_product, tile_of
 from headrace.kernels.triton.tiles import precision_of
 from headrace.kernels.triton.weights import STEP, DeviceWeight
 
 _SUM_BLOCK = 1024
 
 
+_TAKE_APART = tl.constexpr("""{
+    .reg .b32 first, second, higher;
+    prmt.b32 first, $4, 0, 0x4140;
+    prmt.b32 second, $4, 0, 0x4342;
+    lop3.b32 $0, first, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $1, second, 0x000F000F, 0x43004300, 0xEA;
+    shr.b32 higher, first, 4;
+    lop3.b32 $2, higher, 0x000F000F, 0x43004300, 0xEA;
+    shr.b32 higher, second, 4;
+    lop3.b32 $3, higher, 0x000F000F, 0x43004300, 0xEA;
+}""")
+"""Four bytes to four bfloat16 of their lower halves and four of their higher ones, plus 128 each (PTX ISA, prmt and lop3)."""
+
+
 @triton.jit
-def as_float(code, LOW: tl.constexpr, DTYPE: tl.constexpr):
-    """Whole numbers from 0 to 15, plus LOW, as floats. Bits of 2^7 with a number in its lowest places are that bfloat16 plus the number."""
+def halves(packed, LOW: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
+    """The lower and the higher halves of bytes, plus LOW, as floats. Bits of 2^7 with a number in its lowest places are that bfloat16 plus
+    the number."""
     if tl.bfloat16 == DTYPE:
-        return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) + (LOW - 128.0)
-    return (code.to(tl.int32) + LOW).to(DTYPE)
+        if NVIDIA:
+            first, second = tl.inline_asm_elementwise(
+                _TAKE_APART, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            )
+        else:
+            first = ((packed & 15).to(tl.int16) | 0x4300).to(DTYPE, bitcast=True)
+            second = ((packed >> 4).to(tl.int16) | 0x4300).to(DTYPE, bitcast=True)
+        return first + (LOW - 128.0), second + (LOW - 128.0)
+    return ((packed & 15).to(tl.int32) + LOW).to(DTYPE), ((packed >> 4).to(tl.int32) + LOW).to(DTYPE)
 
 
 @triton.jit
@@ -67,14 +90,14 @@ def grouped_kernel(
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    NVIDIA: tl.constexpr,
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
     PART: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share. `stride` is what lies between rows of W."""
-    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    outputs, tokens = tile_of(T, N, TOKENS, OUTPUTS)
     # What is read twice at the edges is not stored.
     rows = tl.minimum(outputs, N - 1)
     w_rows = W + rows.to(tl.int64)[:, None] * stride
@@ -83,7 +106,7 @@ def grouped_kernel(
     if WHOLE:
         first, last = 0, SPLITS
     else:
-        first = tl.program_id(2)
+        first = tl.program_id(1)
         last = first + 1
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     for split in range(first, last):
@@ -103,9 +126,9 @@ def grouped_kernel(
                         if (fold * FOLD // PART + part) % 2 == 0:
                             bytes = (at + part * PART) // 2 + tl.arange(0, PART)
                             packed = columns_of(w_rows, bytes[None, :], K // 2, EVEN)
-                            w = as_float(packed & 15, LOW, X.dtype.element_ty)
+                            w, higher = halves(packed, LOW, X.dtype.element_ty, NVIDIA)
                         else:
-                            w = as_float(packed >> 4, LOW, X.dtype.element_ty)
+                            w = higher
                     else:
                         w = columns_of(w_rows, columns[None, :], K, EVEN)
                         if W.dtype.element_ty == tl.uint8:
@@ -131,8 +154,9 @@ def sums_kernel(X, Y, T, K, FOLD: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(Y + folds.to(tl.int64) * T + token, tl.sum(x, 1), mask=folds * FOLD < K)
 
 
-def multiply_grouped(x: torch.Tensor, w: DeviceWeight, product: Product) -> None:
-    """x [T, K] times codes, scales and minimums."""
+def multiply_grouped(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
+    """x [T, K] times codes, scales and minimums, to Y, whose rows lie `width` apart."""
+    product = Product.of(w, y, len(x), width, "grouped", STEP, x.dtype)
     fold, sums = min(w.group or STEP, STEP), None
     if w.minimums is not None:
         sums = torch.empty(triton.cdiv(w.inputs, fold), product.tokens, dtype=torch.float32, device=x.device)
@@ -155,6 +179,8 @@ def multiply_grouped(x: torch.Tensor, w: DeviceWeight, product: Product) -> None
         MINIMUMS=w.minimums is not None,
         EVEN=w.inputs % STEP == 0,
         PRECISION=precision_of(x.dtype),
+        NVIDIA=driver.active.get_current_target().backend == "cuda",
         STEP=STEP,
         PART=w.part,
     )
+    product.finish()

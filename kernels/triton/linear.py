@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.grouped import multiply_grouped
-from headrace.kernels.triton.products import Product, columns_of, store_product
+from headrace.kernels.triton.products import Product, columns_of, store_product, tile_of
 from headrace.kernels.triton.scaled import multiply_scaled
 from headrace.kernels.triton.tiles import K_BLOCK, precision_of
 from headrace.kernels.triton.weights import DeviceWeight
@@ -43,15 +43,14 @@ def linear_kernel(
     INPUTS: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share."""
-    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    outputs, tokens = tile_of(T, N, TOKENS, OUTPUTS)
     # What is read twice at the edges is not stored.
     w_rows = W + tl.minimum(outputs, N - 1).to(tl.int64)[:, None] * K
     x_rows = X + tl.minimum(tokens, T - 1).to(tl.int64)[None, :] * K
     if WHOLE:
         first, last = 0, SPLITS
     else:
-        first = tl.program_id(2)
+        first = tl.program_id(1)
         last = first + 1
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     for split in range(first, last):
@@ -75,19 +74,19 @@ def linear(x: torch.Tensor, parts: Sequence[DeviceWeight], out: torch.dtype) -> 
     begin = 0
     for part in parts:
         if tokens:
-            product = Product.of(part, y[:, begin:], tokens, width)
+            into = y[:, begin:]
             if part.rounding is not None:
-                multiply_scaled(x, part, product)
+                multiply_scaled(x, part, into, width)
             elif part.form == "floats":
-                _multiply_floats(x, part, product)
+                _multiply_floats(x, part, into, width)
             else:
-                multiply_grouped(x, part, product)
-            product.finish()
+                multiply_grouped(x, part, into, width)
         begin += part.outputs
     return y
 
 
-def _multiply_floats(x: torch.Tensor, w: DeviceWeight, product: Product) -> None:
+def _multiply_floats(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
+    product = Product.of(w, y, len(x), width, "floats", K_BLOCK, x.dtype)
     linear_kernel[product.grid](
         x,
         w.values,
@@ -99,3 +98,4 @@ def _multiply_floats(x: torch.Tensor, w: DeviceWeight, product: Product) -> None
         PRECISION=precision_of(w.values.dtype),
         INPUTS=K_BLOCK,
     )
+    product.finish()

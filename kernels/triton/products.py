@@ -1,7 +1,9 @@
 """How the work of a product is cut, the same for every kind of weight, and how its sums are stored.
 
-many tokens   grid [tiles of N, tiles of T]           a program adds up all splits of K    ─▶ Y [T, N]
-few tokens    grid [tiles of N, tiles of T, splits]   each split ─▶ partial [splits, T, N] ─▶ add_splits_kernel ─▶ Y
+many tokens   grid [tiles]           a program adds up all splits of K    ─▶ Y [T, N]
+few tokens    grid [tiles, splits]   each split ─▶ partial [splits, T, N] ─▶ add_splits_kernel ─▶ Y
+
+Tiles are numbered so that those which are computed at the same time share what they read: GROUPED tiles of T, with each tile of N in turn.
 """
 
 from dataclasses import dataclass
@@ -10,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.tiles import MANY, Rows, rows_of, split_of
+from headrace.kernels.triton.tiles import Kind, Rows, rows_of, split_of, whole_of
 from headrace.kernels.triton.weights import DeviceWeight
 
 _REDUCE_BLOCK = 1024
+_GROUPED = tl.constexpr(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,12 @@ class Product:
     """Where a kernel stores: Y, or float32 [splits, T, N]."""
 
     @classmethod
-    def of(cls, w: DeviceWeight, y: torch.Tensor, tokens: int, width: int) -> "Product":
-        rows, split = rows_of(tokens), split_of(w.outputs, w.inputs)
+    def of(cls, w: DeviceWeight, y: torch.Tensor, tokens: int, width: int, kind: Kind, step: int, inputs: torch.dtype) -> "Product":
+        """With a kernel of some `kind`, which takes `step` inputs of a type at a time."""
+        split = split_of(w.outputs, w.inputs)
         splits = -(-w.inputs // split)
-        whole = splits == 1 or rows is MANY
+        rows = rows_of(tokens, kind, splits, step, w.values.itemsize / (2 if w.form == "nibbles" else 1), inputs.itemsize)
+        whole = whole_of(tokens, splits)
         target = y if whole else torch.empty(splits, tokens, w.outputs, dtype=torch.float32, device=y.device)
         return cls(w, y, tokens, width, rows, split, whole, target)
 
@@ -46,9 +51,9 @@ class Product:
         return -(-self.w.inputs // self.split)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        tiles = triton.cdiv(self.w.outputs, self.rows.outputs), triton.cdiv(self.tokens, self.rows.tokens)
-        return (*tiles, 1 if self.whole else self.splits)
+    def grid(self) -> tuple[int, int]:
+        tiles = triton.cdiv(self.w.outputs, self.rows.outputs) * triton.cdiv(self.tokens, self.rows.tokens)
+        return tiles, 1 if self.whole else self.splits
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -77,6 +82,18 @@ class Product:
         grid = (self.tokens, triton.cdiv(outputs, _REDUCE_BLOCK))
         options = {"SPLITS": self.splits, "BIAS": bias is not None, "BLOCK": _REDUCE_BLOCK}
         add_splits_kernel[grid](self.target, bias, self.y, self.tokens, outputs, self.width, **options)
+
+
+@triton.jit
+def tile_of(T, N, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """The outputs [OUTPUTS] and tokens [TOKENS] of this program."""
+    program, tiles, across = tl.program_id(0), tl.cdiv(N, OUTPUTS), tl.cdiv(T, TOKENS)
+    first = program // (_GROUPED * tiles) * _GROUPED
+    grouped = tl.minimum(across - first, _GROUPED)
+    inner = program - first * tiles
+    outputs = inner // grouped * OUTPUTS + tl.arange(0, OUTPUTS)
+    tokens = (first + inner % grouped) * TOKENS + tl.arange(0, TOKENS)
+    return outputs, tokens
 
 
 @triton.jit

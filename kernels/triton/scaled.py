@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.grouped import e4m3_value
-from headrace.kernels.triton.products import Product, columns_of, store_product
+from headrace.kernels.triton.products import Product, columns_of, store_product, tile_of
 from headrace.kernels.triton.weights import STEP, DeviceWeight
 from headrace.kernels.weights import LARGEST, SMALLEST, InputRounding
 
@@ -115,8 +115,7 @@ def scaled_kernel(
     STEP: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share. X_GROUP and W_GROUP: inputs that share a scale, 0 for all of a row."""
-    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    outputs, tokens = tile_of(T, N, TOKENS, OUTPUTS)
     # What is read twice at the edges is not stored.
     rows, columns_t = tl.minimum(outputs, N - 1), tl.minimum(tokens, T - 1)
     w_rows = W + rows.to(tl.int64)[:, None] * K
@@ -127,7 +126,7 @@ def scaled_kernel(
     if WHOLE:
         first, last = 0, SPLITS
     else:
-        first = tl.program_id(2)
+        first = tl.program_id(1)
         last = first + 1
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     if W_GROUP == 0:
@@ -150,10 +149,8 @@ def scaled_kernel(
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32)
             else:
                 block = tl.dot(w, x, out_dtype=SUM).to(tl.float32)
-                if GROUPED:
-                    acc = tl.fma(block, w_scale[:, None] * x_scale[None, :], acc)
-                else:
-                    acc += block
+                # A plain sum would be made part of the product, and lose bits there.
+                acc = tl.fma(block, w_scale[:, None] * x_scale[None, :] if GROUPED else tl.full([1, 1], 1.0, tl.float32), acc)
         if GROUPED:
             total += acc
         else:
@@ -186,8 +183,8 @@ def round_inputs(x: torch.Tensor, rounding: InputRounding, dtype: torch.dtype) -
     return codes, scales
 
 
-def multiply_scaled(x: torch.Tensor, w: DeviceWeight, product: Product) -> None:
-    """x [T, K], rounded, times a weight of bytes or e4m3 that says how."""
+def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
+    """x [T, K], rounded, times a weight of bytes or e4m3 that says how, to Y, whose rows lie `width` apart."""
     assert w.rounding is not None, "a weight that is multiplied in 8 bits says how its inputs are rounded"
     if w.form == "bytes":
         kind = torch.int8
@@ -195,6 +192,7 @@ def multiply_scaled(x: torch.Tensor, w: DeviceWeight, product: Product) -> None:
         # Without float8 the weight is bytes, and its inputs have its values as bfloat16.
         kind = torch.bfloat16 if w.values.dtype == torch.uint8 else torch.float8_e4m3fn
     codes, scales = round_inputs(x, w.rounding, kind)
+    product = Product.of(w, y, len(x), width, "int8" if w.form == "bytes" else "e4m3", STEP, kind)
     scaled_kernel[product.grid](
         codes,
         w.values,
@@ -211,3 +209,4 @@ def multiply_scaled(x: torch.Tensor, w: DeviceWeight, product: Product) -> None:
         EVEN=w.inputs % STEP == 0,
         STEP=STEP,
     )
+    product.finish()

@@ -1,12 +1,14 @@
-"""Sizes of the tiles that the kernels work in: one readable table, the same for every batch.
+"""Sizes of the tiles that the kernels work in: one readable table, the same for every batch. Measured on an H200.
 
 A row of a result may depend, to the last bit, on nothing but its own inputs. So what fixes an order of additions (how K is walked and
 split, how positions are) follows from the shape of the weight, or is a constant; only how many rows share a tile follows from the batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from triton.runtime import driver
 
 KV_SPLIT = 256
 """Positions whose softmax is computed from nothing, before it is merged with the others' in order."""
@@ -19,12 +21,16 @@ memory all the same."""
 K_BLOCK = 64
 """Inputs of a product that are multiplied at once: the order of its sum."""
 PROGRAMS = 264
-"""Programs that fill a large GPU twice: products of few outputs are split along K until there are about so many."""
+"""Programs that fill a large GPU twice: products of few outputs are split along K until there are about so many tiles of SPLIT_TILE."""
+SPLIT_TILE = 64
 MOST_SPLITS = 8
 LEAST_SPLIT = 512
 """Inputs that are worth a split of their own."""
 SPLIT_STEP = 128
 """A split is a multiple of this: of K_BLOCK, and of what integers are taken in at a time."""
+
+Kind = Literal["floats", "grouped", "e4m3", "int8"]
+"""How a product is computed: in `linear.py`, in `grouped.py`, or in `scaled.py` in one of two types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +42,64 @@ class Rows:
     outputs: int
     warps: int
     stages: int
+    """At most: no more than fit."""
 
 
-FEW = Rows(16, 64, 4, 5)
-SOME = Rows(64, 64, 4, 4)
-MANY = Rows(128, 128, 8, 3)
+FEW = Rows(16, 128, 8, 4)
+SOME: dict[Kind, Rows] = {
+    "floats": Rows(64, 64, 4, 4),
+    "grouped": Rows(64, 64, 4, 3),
+    "e4m3": Rows(64, 128, 8, 4),
+    "int8": Rows(64, 128, 8, 4),
+}
+MANY: dict[Kind, Rows] = {
+    "floats": Rows(128, 128, 8, 4),
+    "grouped": Rows(64, 128, 8, 4),
+    "e4m3": Rows(128, 128, 8, 4),
+    "int8": Rows(128, 128, 8, 4),
+}
+MANY_UNSPLIT: dict[Kind, Rows] = MANY | {
+    "floats": Rows(256, 128, 8, 3),
+    "grouped": Rows(128, 128, 8, 4),
+    "int8": Rows(256, 128, 8, 3),
+}
+"""Without splits there is a sum less to hold, and room in registers for more tokens."""
+
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+"""KiB that a block may take, by NVIDIA's compute capability (CUDA C++ programming guide, table of compute capabilities)."""
+AMD_SHARED_MEMORY = 64
+"""KiB (CDNA 3 instruction set architecture, local data share)."""
 
 
-def rows_of(tokens: int) -> Rows:
-    """The tile for a product of so many tokens."""
-    return FEW if tokens <= FEW.tokens else SOME if tokens <= 2 * SOME.tokens else MANY
+def rows_of(tokens: int, kind: Kind, splits: int, inputs: int, weight_bytes: float, input_bytes: int) -> Rows:
+    """The tile for a product of so many tokens. A stage holds so many `inputs` at a time, of as many bytes each in the weight and in x."""
+    if tokens <= FEW.tokens:
+        rows = FEW
+    elif tokens <= 2 * SOME[kind].tokens:
+        rows = SOME[kind]
+    else:
+        rows = (MANY_UNSPLIT if splits == 1 else MANY)[kind]
+    target = driver.active.get_current_target()
+    room, unseen = SHARED_MEMORY.get(target.arch, 99) << 10, 0
+    if target.backend == "hip":
+        # One stage is on its way in registers.
+        room, unseen = AMD_SHARED_MEMORY << 10, 1
+    elif target.backend == "cpu":
+        room = SHARED_MEMORY[90] << 10
+    stages = lambda rows: int(room / (inputs * (rows.outputs * weight_bytes + rows.tokens * input_bytes))) + unseen  # noqa: E731
+    if rows.tokens > 128 and stages(rows) < rows.stages:
+        rows = MANY[kind]
+    return replace(rows, stages=max(1, min(rows.stages, stages(rows))))
+
+
+def whole_of(tokens: int, splits: int) -> bool:
+    """Whether one program adds up all splits of its tile: where there are many tokens, or nothing is split."""
+    return splits == 1 or tokens > 2 * SOME["floats"].tokens
 
 
 def split_of(outputs: int, inputs: int) -> int:
     """Inputs [K] of one split of a product: a multiple of SPLIT_STEP."""
-    tiles = -(-outputs // FEW.outputs)
+    tiles = -(-outputs // SPLIT_TILE)
     splits = max(1, min(PROGRAMS // tiles, MOST_SPLITS, inputs // LEAST_SPLIT))
     return -(-inputs // (splits * SPLIT_STEP)) * SPLIT_STEP
 

@@ -96,9 +96,8 @@ class OnDevice(TritonBackend):
 
 
 FORMS = {"bf16": 16, "e4m3": 8, "e4m3 blocks": 8, "int8 x int8": 8, "int8": 8, "int4": 4}
-"""Weights that are timed, and bits of a code: float8 with inputs in float8, one scale a row or blocks of 128; int8 with inputs in int8; int8
-and
-int4 in groups of 128, with inputs in bfloat16."""
+"""Weights that are timed, and bits of a code. e4m3, with inputs that are too: one scale a row, or blocks of 128.
+int8 x int8: inputs likewise. int8 and int4: groups of 128, inputs in bfloat16."""
 
 
 def random_weight(n: int, k: int, form: str) -> DeviceWeight:

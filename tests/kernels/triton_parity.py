@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from headrace.kernels.ops import Batch, HeadShape, RopeTable
+from headrace.kernels.reference.linear import prepare as prepare_reference
 from headrace.kernels.reference.step import KVPages as ReferencePages
 from headrace.kernels.triton import TritonBackend, TritonOps
 from headrace.kernels.triton.pages import TYPES, KVPages
 from headrace.kernels.triton.step import StepTokens
-from headrace.kernels.weights import GroupedInt, Weight
+from headrace.kernels.weights import GroupedInt, InputRounding, ScaledFloat, Weight
 from tests.kernels.eager import ReferenceOps
 from tests.kernels.paged import Paged, dense, paged, random
 
@@ -31,7 +32,21 @@ BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 REFERENCE = ReferenceOps()
 
 
+EIGHT_BITS = ("int8 x int8", "e4m3 x e4m3", "e4m3 x e4m3 static", "e4m3 x e4m3 blocks")
+"""Weights with inputs that are rounded to 8 bits."""
+
+
 def weight_of(kind: str, n: int, k: int) -> Weight:
+    """A weight of some numbers, the same for the same arguments."""
+    if kind in (*EIGHT_BITS, "e4m3 blocks"):
+        return eight_bits(kind, n, k)
+    if kind == "int4 zeros":
+        dice = np.random.default_rng(n + k)
+        scales = dice.uniform(0.01, 0.1, (n, k // 32)).astype(np.float16).astype(np.float32)
+        return GroupedInt(dice.integers(0, 16, (n, k), np.int8), scales, None, 32, 4, dice.integers(0, 16, (n, k // 32), np.int8))
+    if kind == "int4 in long groups":
+        scales = np.random.default_rng(n).uniform(0.01, 0.1, (n, 1)).astype(np.float32)
+        return GroupedInt(np.random.default_rng(n + k).integers(-8, 8, (n, k), np.int8), scales, None, k, 4)
     if kind == "int4":
         dice = np.random.default_rng(n + k)
         codes = dice.integers(0, 16, (n, k), np.int8)
@@ -46,6 +61,21 @@ def weight_of(kind: str, n: int, k: int) -> Weight:
         )
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[kind]
     return dense((random(n, k, seed=n + k) / k**0.5).to(dtype))
+
+
+def eight_bits(kind: str, n: int, k: int) -> Weight:
+    """One of EIGHT_BITS, or float8 in blocks with inputs as they are."""
+    dice = np.random.default_rng(n + k)
+    if kind == "int8 x int8":
+        scales = dice.uniform(0.001, 0.01, (n, 1)).astype(np.float32)
+        return GroupedInt(dice.integers(-127, 128, (n, k), np.int8), scales, None, k, 8, None, InputRounding("int8"))
+    codes = (random(n, k, seed=n + k) * 40).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    if "blocks" in kind:
+        scales = dice.uniform(0.001, 0.01, (-(-n // 64), -(-k // 128))).astype(np.float32)
+        return ScaledFloat(codes, scales, (64, 128), InputRounding("e4m3", 128) if "x" in kind else None)
+    if "static" in kind:
+        return ScaledFloat(codes, np.full((1, 1), 0.003, np.float32), (n, k), InputRounding("e4m3", None, 0.011))
+    return ScaledFloat(codes, dice.uniform(0.001, 0.01, (n, 1)).astype(np.float32), (1, k), InputRounding("e4m3"))
 
 
 def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -67,7 +97,8 @@ class Checks:
         bound = BOUNDS[self.dtype]
         kinds = ["float32"] if self.dtype == torch.float32 else ["bfloat16" if self.dtype == torch.bfloat16 else "float16"]
         shapes = [(64, 96), (100, 576), (72, 2048 + 32)]
-        for kind in [*kinds, "int4", "int8"]:
+        kinds += ["int4", "int8", "int4 zeros", "int4 in long groups", "e4m3 blocks", *EIGHT_BITS]
+        for kind in kinds:
             for n, k in shapes:
                 for rows in (1, 17, 150) if self.full else (1, 17):
                     yield f"linear {kind} {rows}x{n}x{k}", lambda a=(kind, rows, n, k): self.linear(*a), bound
@@ -97,7 +128,7 @@ class Checks:
 
     def linear(self, kind: str, rows: int, n: int, k: int) -> float:
         weight, x = weight_of(kind, n, k), random(rows, k).to(self.dtype)
-        expected = REFERENCE.linear(x.float(), REFERENCE.prepare([weight]))
+        expected = REFERENCE.linear(x.float(), prepare_reference([weight], None, torch.device("cpu"), "auto" if weight.inputs else "f32"))
         return error_of(self.ops.linear(self.on(x), self.prepared(weight)), expected)
 
     def linear_rows(self, kind: str) -> float:
@@ -116,7 +147,7 @@ class Checks:
 
     def embed(self) -> float:
         worst = 0.0
-        for kind in ("float32", "bfloat16", "int4", "int8"):
+        for kind in ("float32", "bfloat16", "int4", "int8", "e4m3 blocks", "int8 x int8"):
             weight, ids = weight_of(kind, 50, 96), torch.tensor([3, 49, 0, 3], dtype=torch.int32)
             expected = REFERENCE.embed(ids, REFERENCE.prepare_table(weight), 2.5)
             got = self.ops.embed(StepTokens(*[ids.to(self.device)] * 5, 1, ()), self.prepared(weight), 2.5)
