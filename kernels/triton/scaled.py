@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.grouped import e4m3_value
-from headrace.kernels.triton.products import Product, columns_of, store_product, tile_of
+from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
 from headrace.kernels.triton.weights import STEP, DeviceWeight
 from headrace.kernels.weights import LARGEST, SMALLEST, InputRounding
 
@@ -89,7 +89,7 @@ def round_kernel(
         tl.store(codes + token * K + columns, x.to(codes.dtype.element_ty), mask=columns < end)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "y_rows", "across"])
 def scaled_kernel(
     X,
     W,
@@ -101,10 +101,15 @@ def scaled_kernel(
     N,
     K,
     width,
+    y_rows,
+    across,
+    tiles,
+    order,
     static,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     WHOLE: tl.constexpr,
+    USED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
     STATIC: tl.constexpr,
@@ -115,11 +120,12 @@ def scaled_kernel(
     STEP: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share. X_GROUP and W_GROUP: inputs that share a scale, 0 for all of a row."""
-    outputs, tokens = tile_of(T, N, TOKENS, OUTPUTS)
+    outputs, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
     # What is read twice at the edges is not stored.
-    rows, columns_t = tl.minimum(outputs, N - 1), tl.minimum(tokens, T - 1)
-    w_rows = W + rows.to(tl.int64)[:, None] * K
-    x_rows = X + columns_t.to(tl.int64)[None, :] * K
+    rows = tl.minimum(outputs, N - 1)
+    w_rows = W + (expert * N + rows)[:, None] * K
+    x_rows = X + sources.to(tl.int64)[None, :] * K
+    w_scales += expert * (tl.cdiv(K, W_GROUP) if W_GROUP else 1) * N
     GROUPED: tl.constexpr = X_GROUP != 0 or W_GROUP != 0
     WHOLE_NUMBERS: tl.constexpr = X.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if WHOLE_NUMBERS else tl.float32
@@ -128,18 +134,20 @@ def scaled_kernel(
     else:
         first = tl.program_id(1)
         last = first + 1
+    if USED >= 0:
+        last = tl.where(end > 0, last, first)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     if W_GROUP == 0:
         w_scale = tl.load(w_scales + rows)
     if X_GROUP == 0:
-        x_scale = tl.zeros([TOKENS], tl.float32) + static if STATIC else tl.load(x_scales + columns_t)
+        x_scale = tl.zeros([TOKENS], tl.float32) + static if STATIC else tl.load(x_scales + sources)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32 if GROUPED else SUM)
         for k in range(split * SPLIT, min(K, (split + 1) * SPLIT), STEP):
             if W_GROUP != 0:
                 w_scale = tl.load(w_scales + (k // W_GROUP) * N + rows)
             if X_GROUP != 0:
-                x_scale = tl.load(x_scales + (k // X_GROUP).to(tl.int64) * T + columns_t)
+                x_scale = tl.load(x_scales + (k // X_GROUP).to(tl.int64) * T + sources)
             columns = k + tl.arange(0, STEP)
             x = columns_of(x_rows, columns[:, None], K, EVEN)
             w = columns_of(w_rows, columns[None, :], K, EVEN)
@@ -155,7 +163,7 @@ def scaled_kernel(
             total += acc
         else:
             total = tl.fma(acc.to(tl.float32), w_scale[:, None] * x_scale[None, :], total)
-    store_product(Y, total, bias, outputs, tokens, first, T, N, width, WHOLE, BIAS)
+    store_product(Y, total, bias, outputs, tokens, end, first, y_rows, N, width, WHOLE, BIAS)
 
 
 def round_inputs(x: torch.Tensor, rounding: InputRounding, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -183,7 +191,7 @@ def round_inputs(x: torch.Tensor, rounding: InputRounding, dtype: torch.dtype) -
     return codes, scales
 
 
-def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
+def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int, tiles: Tiles | None) -> None:
     """x [T, K], rounded, times a weight of bytes or e4m3 that says how, to Y, whose rows lie `width` apart."""
     assert w.rounding is not None, "a weight that is multiplied in 8 bits says how its inputs are rounded"
     if w.form == "bytes":
@@ -192,7 +200,7 @@ def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: in
         # Without float8 the weight is bytes, and its inputs have its values as bfloat16.
         kind = torch.bfloat16 if w.values.dtype == torch.uint8 else torch.float8_e4m3fn
     codes, scales = round_inputs(x, w.rounding, kind)
-    product = Product.of(w, y, len(x), width, "int8" if w.form == "bytes" else "e4m3", STEP, kind)
+    product = Product.of(w, y, width, "int8" if w.form == "bytes" else "e4m3", STEP, kind, tiles)
     scaled_kernel[product.grid](
         codes,
         w.values,
