@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable, Sampled, SamplingBatch
-from headrace.kernels.reference import sampling
 from headrace.kernels.reference.rope import Rope
 from headrace.kernels.room import host_room
 from headrace.kernels.triton import attention as attention_op
+from headrace.kernels.triton import sampling
 from headrace.kernels.triton.embed import embed
 from headrace.kernels.triton.gated import gated
 from headrace.kernels.triton.graphs import Graphs
