@@ -21,7 +21,7 @@ import triton.language as tl
 from headrace.kernels.ops import Sampled, SamplingBatch
 from headrace.kernels.reference.exact import HIGHEST, LN2_HIGH, LN2_LOW, LOG2_E, LOWEST, POLYNOMIAL
 from headrace.kernels.reference.sampling import UNIT, Scores, adjusts, check_largest, is_greedy, penalizes
-from headrace.kernels.triton.scaled import nearest_whole
+from headrace.kernels.triton.rounding import nearest_whole
 
 HEAD = 1024
 """How many tokens are put in order before it is all of them."""
