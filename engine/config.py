@@ -56,7 +56,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kv_memory: Annotated[
         str | None, _about('memory for KV pages of each worker, such as "2GiB"; chosen from what is free without it', "SIZE")
     ] = None
-    kv_dtype: Annotated[Literal["f16", "f32", "int8"], _about("number format of keys and values in KV pages")] = "f16"
+    kv_dtype: Annotated[
+        Literal["f16", "bf16", "f32", "int8", "fp8"],
+        _about("number format of keys and values in KV pages; bf16 and fp8 (e4m3, scaled) with the Triton and the reference kernels alone"),
+    ] = "f16"
     prefix_cache: Annotated[bool, _about("keep the KV pages of finished requests for those that begin alike")] = True
     draft: Annotated[
         Literal["none", "ngram"],

@@ -220,6 +220,8 @@ class Backend(Protocol):
 
     name: str
     """"reference", "cpu" or "triton"."""
+    kv_types: Sequence[str]
+    """What `new_kv` can keep K and V in."""
 
     def keep(self, folder: Path, version: str) -> None:
         """What is prepared from now on may be kept in `folder`, which is the model's own, for later starts. `version` changes with what
@@ -250,8 +252,9 @@ class Backend(Protocol):
     def prepare_rope(self, table: RopeTable) -> Prepared: ...
 
     def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> list[KVPages]:
-        """Room for `pages` pages of `page_size` tokens in each layer, filled with zeros, which keep K and V in `dtype`: "f32", "f16", or
-        "int8": whole numbers that share a float32 scale, the largest magnitude / 127, in each head of each position."""
+        """Room for `pages` pages of `page_size` tokens in each layer, filled with zeros, which keep K and V in `dtype`, one of `kv_types`:
+        "f32", "f16", "bf16"; "int8" or "fp8": whole numbers, or float8 e4m3fn, with a float32 scale for each head of each position, which
+        is the largest magnitude / 127, or / 448."""
         ...
 
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:

@@ -212,6 +212,9 @@ async def build(process: Process) -> Worker:
         backend = make_backend(config.kernels, threads=config.threads, activations=config.activations)
     except KernelsUnavailable as error:
         raise UserError(str(error)) from None
+    if config.kv_dtype not in backend.kv_types:
+        known = ", ".join(backend.kv_types)
+        raise UserError(f"--kv-dtype {config.kv_dtype} has no {backend.name} kernel: choose one of {known}, or other --kernels")
     checkpoint = open_checkpoint(model)
     described, names = describe(model.architecture, checkpoint)
     page_bytes = backend.page_bytes(len(described.layers), config.page_size, head_shape(described), config.kv_dtype)

@@ -25,7 +25,7 @@ except ImportError as error:
 
 from headrace.kernels.cpu import sampling
 from headrace.kernels.cpu.packed import FORMAT, Allocate, Packed, Part, in_memory, pack, pack_experts
-from headrace.kernels.cpu.pages import Pages, page_bytes
+from headrace.kernels.cpu.pages import TYPES, Pages, page_bytes
 from headrace.kernels.cpu.recorder import CpuProgram
 from headrace.kernels.cpu.store import PackedStore
 
@@ -64,6 +64,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    kv_types = tuple(TYPES)
 
     def __init__(self, threads: int | None = None, isa: str | None = None, activations: str = "f32") -> None:
         cores = physical_cores()

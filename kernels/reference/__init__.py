@@ -20,7 +20,7 @@ from headrace.kernels.reference.gated import gated
 from headrace.kernels.reference.linear import PreparedLinear, linear, prepare
 from headrace.kernels.reference.norm import rmsnorm
 from headrace.kernels.reference.rope import Rope, rope_write_kv
-from headrace.kernels.reference.step import TYPES, KVPages, StepTokens
+from headrace.kernels.reference.step import LARGEST, TYPES, KVPages, StepTokens
 from headrace.kernels.room import host_room
 from headrace.kernels.weights import Weight
 
@@ -29,6 +29,7 @@ class ReferenceBackend:
     """`headrace.kernels.ops.Backend`, whose docstrings hold here, and its `Ops` in one. Weights and results live on `device`."""
 
     name = "reference"
+    kv_types = tuple(TYPES)
 
     def __init__(self, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> None:
         self.device = torch.device(device)
@@ -58,7 +59,7 @@ class ReferenceBackend:
         return [KVPages.new(pages, page_size, heads, self.device, TYPES[dtype]) for _ in range(layers)]
 
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
-        position = 2 * (TYPES[dtype].itemsize * heads.dim + (4 if dtype == "int8" else 0))
+        position = 2 * (TYPES[dtype].itemsize * heads.dim + (4 if TYPES[dtype] in LARGEST else 0))
         return layers * heads.kv_heads * page_size * position
 
     def kv_room(self) -> int:

@@ -8,13 +8,13 @@ computes it, so that the results depend on their own inputs by construction: on 
 
 import torch
 
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH = 0.693359375
+LOG2_E = 1.4426950408889634
+LN2_HIGH = 0.693359375
 """Leading bits of ln 2: its product with a whole number below 2^14 is exact in float32."""
-_LN2_LOW = -2.12194440e-4
-_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+LN2_LOW = -2.12194440e-4
+POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 """(e^r - 1 - r) / r² on |r| ≤ ln(2)/2, highest power first (the coefficients of the Cephes library's expf)."""
-_LOWEST, _HIGHEST = -87.0, 88.0
+LOWEST, HIGHEST = -87.0, 88.0
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
@@ -22,16 +22,16 @@ def exp(x: torch.Tensor) -> torch.Tensor:
 
     Exactly 1 at 0, exactly 0 below -87 (minus infinity included), e^88 above 88; NaN stays NaN.
     """
-    clamped = x.clamp(_LOWEST, _HIGHEST)
-    whole = (clamped * _LOG2_E).round_()
-    rest = clamped.sub_(whole * _LN2_HIGH).sub_(whole * _LN2_LOW)
-    value = rest * _POLYNOMIAL[0]
-    for coefficient in _POLYNOMIAL[1:]:
+    clamped = x.clamp(LOWEST, HIGHEST)
+    whole = (clamped * LOG2_E).round_()
+    rest = clamped.sub_(whole * LN2_HIGH).sub_(whole * LN2_LOW)
+    value = rest * POLYNOMIAL[0]
+    for coefficient in POLYNOMIAL[1:]:
         value.add_(coefficient).mul_(rest)
     value.mul_(rest).add_(rest).add_(1.0)
     # 2^whole, written into the exponent bits
     power = whole.to(torch.int32).add_(127).bitwise_left_shift_(23).view(torch.float32)
-    return value.mul_(power).masked_fill_(x < _LOWEST, 0.0)
+    return value.mul_(power).masked_fill_(x < LOWEST, 0.0)
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:

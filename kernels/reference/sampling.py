@@ -42,9 +42,6 @@ Scores = tuple[float, list[int], list[float]]
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     """See `Ops.sample`. Raises FloatingPointError, which names the row, for logits that contain NaN or are all minus infinity."""
-    plain = (_is_greedy(batch, row) and not _adjusts(batch, row) and batch.logprobs[row] is None for row in range(len(logits)))
-    if logits.device.type != "cpu" and all(plain):
-        return Sampled(_greedy_on_device(logits), [None] * len(logits))
     tokens: list[int] = []
     scores: list[Scores | None] = []
     for row, values in enumerate(logits.cpu().numpy()):
@@ -59,34 +56,26 @@ def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Scores]
     return [_scores(values, token, top, row) for row, (values, token) in enumerate(zip(logits.cpu().numpy(), tokens, strict=True))]
 
 
-def _is_greedy(batch: SamplingBatch, row: int) -> bool:
+def is_greedy(batch: SamplingBatch, row: int) -> bool:
     """A temperature may be so small that float32 has no other name for it than 0."""
     return np.float32(batch.temperature[row]) == 0
-
-
-def _greedy_on_device(logits: torch.Tensor) -> list[int]:
-    """The lowest id among the largest logits of each row, without copying them from the device."""
-    chosen = logits.argmax(-1, keepdim=True)
-    for row, value in enumerate(logits.gather(1, chosen)[:, 0].tolist()):
-        _check(value, row)
-    return chosen[:, 0].tolist()
 
 
 def _choose(values: Floats, batch: SamplingBatch, row: int) -> int:
     """One row's token."""
     best = int(values.argmax())
-    _check(values[best], row)
-    if _adjusts(batch, row):
+    check_largest(values[best], row)
+    if adjusts(batch, row):
         values = _adjusted(values, batch, row)
         best = int(values.argmax())
-        _check(values[best], row)
-    if _is_greedy(batch, row):
+        check_largest(values[best], row)
+    if is_greedy(batch, row):
         return best
     number = uniform(batch.seed[row], batch.position[row])
     return _draw(values, number, batch.temperature[row], batch.top_k[row], batch.top_p[row], batch.min_p[row])
 
 
-def _check(largest: float, row: int) -> None:
+def check_largest(largest: float, row: int) -> None:
     """The largest logit of a row is NaN when any of them is."""
     if math.isnan(largest):
         raise FloatingPointError(f"row {row} of the logits contains NaN")
@@ -94,13 +83,13 @@ def _check(largest: float, row: int) -> None:
         raise FloatingPointError(f"row {row} of the logits leaves no token to choose: all are minus infinity")
 
 
-def _penalizes(batch: SamplingBatch, row: int) -> bool:
+def penalizes(batch: SamplingBatch, row: int) -> bool:
     return batch.presence_penalty[row] != 0 or batch.frequency_penalty[row] != 0
 
 
-def _adjusts(batch: SamplingBatch, row: int) -> bool:
+def adjusts(batch: SamplingBatch, row: int) -> bool:
     """Does anything change the logits themselves?"""
-    return batch.repetition_penalty[row] != 1 or _penalizes(batch, row) or bool(batch.logit_bias[row]) or bool(batch.banned[row])
+    return batch.repetition_penalty[row] != 1 or penalizes(batch, row) or bool(batch.logit_bias[row]) or bool(batch.banned[row])
 
 
 @np.errstate(over="ignore")
@@ -111,7 +100,7 @@ def _adjusted(values: Floats, batch: SamplingBatch, row: int) -> Floats:
         ids = np.fromiter(seen, np.int64)
         found = values[ids].astype(np.float64)
         values[ids] = np.where(found > 0, found / penalty, found * penalty)
-    if _penalizes(batch, row) and (counts := Counter(batch.output[row])):
+    if penalizes(batch, row) and (counts := Counter(batch.output[row])):
         presence, frequency = batch.presence_penalty[row], batch.frequency_penalty[row]
         less = np.array([presence + frequency * count for count in counts.values()], np.float32)
         values[np.fromiter(counts, np.int64)] -= less
@@ -157,7 +146,7 @@ def _draw(values: Floats, number: float, temperature: float, top_k: int, top_p: 
 
 
 def _scores(values: Floats, token: int, top: int, row: int) -> Scores:
-    _check(values.max(), row)
+    check_largest(values.max(), row)
     raw, (values, largest) = values, _bounded(values)
     total = math.log(int(_weights(values, largest, 1.0).sum()) / UNIT)
     ids = _ordered(raw, min(top, len(values)))

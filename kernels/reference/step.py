@@ -7,10 +7,11 @@ import torch
 
 from headrace.kernels.ops import Batch, HeadShape
 
-TYPES = {"f32": torch.float32, "f16": torch.float16, "int8": torch.int8}
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """What pages can be stored in, by the name the settings give it."""
 
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int8: np.int8}
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The types that need a scale for each head of each position, and the code of its largest magnitude."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,8 @@ class StepTokens:
 
 @dataclass(frozen=True, slots=True)
 class KVPages:
-    """The paged keys and values of one layer: [pages, Hkv, page_size, D] each, of one of TYPES. For int8 alone, scales float32
-    [pages, Hkv, 2, page_size]: of keys, then of values."""
+    """The paged keys and values of one layer: [pages, Hkv, page_size, D] each, of one of TYPES. For those in LARGEST alone, scales
+    float32 [pages, Hkv, 2, page_size]: of keys, then of values."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -45,11 +46,11 @@ class KVPages:
 
         def room(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             if device.type == "cpu":
-                return torch.from_numpy(np.zeros(shape, _NUMPY[dtype]))
+                return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)).view(dtype)
             return torch.zeros(shape, dtype=dtype, device=device)
 
         shape = (pages, heads.kv_heads, page_size, heads.dim)
-        scales = room((pages, heads.kv_heads, 2, page_size), torch.float32) if dtype == torch.int8 else None
+        scales = room((pages, heads.kv_heads, 2, page_size), torch.float32) if dtype in LARGEST else None
         return cls(room(shape, dtype), room(shape, dtype), scales)
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
@@ -61,16 +62,19 @@ class KVPages:
                 largest = x.abs().amax(-1)
                 # What is not finite makes a scale of NaN.
                 finite = largest.isfinite()
-                inverse = torch.where(finite & (largest >= 2.0**-100), 127.0 / largest, 0.0)
-                self.scales[pages, :, which, offsets] = torch.where(finite, largest / 127.0, torch.nan)
-                x = torch.where(finite[..., None], x, 0.0).mul(inverse[..., None]).round()
-            room[pages, :, offsets] = x.to(room.dtype)
+                most = LARGEST[room.dtype]
+                inverse = torch.where(finite & (largest >= 2.0**-100), most / largest, 0.0)
+                self.scales[pages, :, which, offsets] = torch.where(finite, largest / most, torch.nan)
+                x = torch.where(finite[..., None], x, 0.0).mul(inverse[..., None])
+                x = x.round() if room.dtype == torch.int8 else x
+            # Not every type can be written to by index: its bytes can.
+            room.view(torch.uint8).view(*room.shape, -1)[pages, :, offsets] = x.to(room.dtype).view(torch.uint8).view(*x.shape, -1)
 
     def read(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of pages `numbers`, in order, as float32 [Hkv, positions, D]."""
         rooms = []
         for which, room in enumerate((self.keys, self.values)):
-            rows = room.index_select(0, numbers).float()
+            rows = room.view(torch.uint8).index_select(0, numbers).view(room.dtype).float()
             if self.scales is not None:
                 rows *= self.scales[:, :, which].index_select(0, numbers)[..., None]
             rooms.append(rows.transpose(0, 1).flatten(1, 2))

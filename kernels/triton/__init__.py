@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable, Sampled, SamplingBatch
-from headrace.kernels.reference import sampling
 from headrace.kernels.reference.rope import Rope
 from headrace.kernels.room import host_room
 from headrace.kernels.triton import attention as attention_op
 from headrace.kernels.triton import experts as experts_op
+from headrace.kernels.triton import sampling
 from headrace.kernels.triton.embed import embed
 from headrace.kernels.triton.gated import gated
 from headrace.kernels.triton.graphs import Graphs
 from headrace.kernels.triton.linear import linear
 from headrace.kernels.triton.norm import add_rmsnorm, rmsnorm
-from headrace.kernels.triton.pages import KVPages, page_bytes
+from headrace.kernels.triton.pages import TYPES, KVPages, page_bytes
 from headrace.kernels.triton.rope import rope_write_kv
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.triton.weights import DeviceWeight, prepare
@@ -90,6 +90,7 @@ class TritonBackend:
     with `rounds_inputs`, those of layers whose weights ask for it are rounded to 8 bits before they are multiplied."""
 
     name = "triton"
+    kv_types = tuple(TYPES)
 
     def __init__(self, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, rounds_inputs: bool = True) -> None:
         self.device, self.dtype, self._rounds_inputs = torch.device(device), dtype, rounds_inputs

@@ -18,12 +18,15 @@ import triton.language as tl
 
 from headrace.kernels.ops import HeadShape
 from headrace.kernels.triton.pages import KVPages
+from headrace.kernels.triton.rounding import byte_value, e4m3_value
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.triton.tiles import KV_BLOCK, KV_SPLIT, PROGRAMS, QUERY_ROWS, power_of_two, precision_of
 
 _LOG2_E = math.log2(math.e)
 _NOTHING = tl.constexpr(-1e30)
 """The highest score of a row that has seen no position yet: finite, so that no difference of infinities arises."""
+_LARGER = tl.constexpr(256.0)
+"""Scales of values are multiplied by this until the end, so that weights times them are no subnormal float16 where values are small."""
 
 
 @triton.jit
@@ -32,6 +35,92 @@ def merged(highest, total, more_highest, more_total):
     top = tl.maximum(highest, more_highest)
     mine, theirs = tl.exp2(highest - top), tl.exp2(more_highest - top)
     return top, tl.fma(more_total, theirs, total * mine), mine, theirs
+
+
+@triton.jit
+def attend(
+    n,
+    to,
+    q,
+    last,
+    first,
+    highest,
+    total,
+    acc,
+    keys,
+    values,
+    scales,
+    pages,
+    path,
+    base,
+    kv_head,
+    scale,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TREE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A row's softmax so far, with the positions from n on. Without MASKED every row sees all of them, and gets the same bits for less."""
+    position = n + tl.arange(0, BLOCK)
+    known = position < to
+    at = tl.arange(0, WIDTH)
+    stored = position
+    if TREE:
+        step = position - base
+        stored = base + tl.load(path + step, mask=known & (step >= 0), other=0)
+        stored = tl.where(step >= 0, stored, position)
+    if MASKED:
+        page = tl.load(pages + stored // PAGE, mask=known, other=0).to(tl.int64)
+    else:
+        page = tl.load(pages + stored // PAGE).to(tl.int64)
+    slot = (page * KV_HEADS + kv_head) * PAGE + stored % PAGE
+    k_at = keys + slot[:, None] * DIM + at[None, :]
+    v_at = values + slot[:, None] * DIM + at[None, :]
+    if MASKED:
+        k, v = masked(k_at, known[:, None] & (at < DIM)[None, :]), masked(v_at, known[:, None] & (at < DIM)[None, :])
+    elif WIDTH != DIM:
+        k, v = masked(k_at, (at < DIM)[None, :]), masked(v_at, (at < DIM)[None, :])
+    else:
+        k, v = tl.load(k_at), tl.load(v_at)
+    if keys.dtype.element_ty == tl.uint8:
+        k, v = e4m3_value(k), e4m3_value(v)
+    elif keys.dtype.element_ty == tl.int8:
+        k, v = byte_value(k), byte_value(v)
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+    if SCALED:
+        scale_at = scales + (page * KV_HEADS + kv_head) * 2 * PAGE + stored % PAGE
+        k_scale, v_scale = (
+            (tl.load(scale_at, mask=known, other=0.0), tl.load(scale_at + PAGE, mask=known, other=0.0))
+            if MASKED
+            else (tl.load(scale_at), tl.load(scale_at + PAGE))
+        )
+        scores *= k_scale[None, :]
+    if MASKED:
+        seen = (position[None, :] <= last[:, None]) & (position[None, :] >= first[:, None]) & known[None, :]
+        scores = tl.where(seen, scores, _NOTHING)
+    higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+    weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), tl.broadcast_to(-higher[:, None], scores.shape)))
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    fade = tl.exp2(highest - higher)
+    total = tl.fma(total, fade, tl.sum(weights, 1))
+    if SCALED:
+        weights *= v_scale[None, :] * _LARGER
+    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision=PRECISION)
+    return higher, total, acc
+
+
+@triton.jit
+def masked(at, mask):
+    """What stands there, or 0."""
+    if at.dtype.element_ty.is_int():
+        return tl.load(at, mask=mask, other=0)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["table_width", "path_width", "splits"])
@@ -98,38 +187,31 @@ def attention_kernel(
     highest = tl.full([ROWS], _NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, WIDTH], tl.float32)
+    # The positions that all rows see lie between these.
+    everyone_from = tl.max(tl.where(live, first, 0), 0)
+    everyone_to = tl.min(tl.where(live, last, limit), 0) + 1
+    table, path = pages + request.to(tl.int64) * table_width, paths
+    if TREE:
+        path += begin.to(tl.int64) * path_width
     for split in range(start, behind):
         top = tl.full([ROWS], _NOTHING, tl.float32)
         sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         from_, to = tl.maximum(split * SPLIT, lowest // BLOCK * BLOCK), tl.minimum((split + 1) * SPLIT, limit)
-        for n in range(from_, to, BLOCK):
-            position = n + tl.arange(0, BLOCK)
-            known = position < to
-            stored = position
-            if TREE:
-                step = position - base
-                stored = base + tl.load(paths + begin.to(tl.int64) * path_width + step, mask=known & (step >= 0), other=0)
-                stored = tl.where(step >= 0, stored, position)
-            page = tl.load(pages + request.to(tl.int64) * table_width + stored // PAGE, mask=known, other=0).to(tl.int64)
-            slot = (page * KV_HEADS + kv_head) * PAGE + stored % PAGE
-            there = known[:, None] & (at < DIM)[None, :]
-            k = tl.load(keys + slot[:, None] * DIM + at[None, :], mask=there, other=0.0)
-            v = tl.load(values + slot[:, None] * DIM + at[None, :], mask=there, other=0.0)
-            scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-            if SCALED:
-                scale_at = scales + (page * KV_HEADS + kv_head) * 2 * PAGE + stored % PAGE
-                scores *= tl.load(scale_at, mask=known, other=0.0)[None, :]
-            seen = (position[None, :] <= last[:, None]) & (position[None, :] >= first[:, None]) & known[None, :]
-            scores = tl.where(seen, scores * scale, _NOTHING)
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-            fade = tl.exp2(top - higher)
-            sum = tl.fma(sum, fade, tl.sum(weights, 1))
-            if SCALED:
-                weights *= tl.load(scale_at + PAGE, mask=known, other=0.0)[None, :]
-            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision=PRECISION)
-            top = higher
+        plain_from = from_
+        if WINDOW:
+            plain_from = tl.maximum(from_, (tl.minimum(everyone_from, to) + BLOCK - 1) // BLOCK * BLOCK)
+        plain_to = tl.maximum(plain_from, tl.minimum(to, everyone_to) // BLOCK * BLOCK)
+        if WINDOW:
+            for n in range(from_, plain_from, BLOCK):
+                top, sum, acc = attend(n, to, q, last, first, top, sum, acc, keys, values, scales, table, path, base, kv_head, scale,
+                                       KV_HEADS, DIM, TREE, SCALED, True, PRECISION, PAGE, BLOCK, WIDTH)  # fmt: skip
+        for n in range(plain_from, plain_to, BLOCK):
+            top, sum, acc = attend(n, to, q, last, first, top, sum, acc, keys, values, scales, table, path, base, kv_head, scale,
+                                   KV_HEADS, DIM, TREE, SCALED, False, PRECISION, PAGE, BLOCK, WIDTH)  # fmt: skip
+        for n in range(plain_to, to, BLOCK):
+            top, sum, acc = attend(n, to, q, last, first, top, sum, acc, keys, values, scales, table, path, base, kv_head, scale,
+                                   KV_HEADS, DIM, TREE, SCALED, True, PRECISION, PAGE, BLOCK, WIDTH)  # fmt: skip
         if WHOLE:
             highest, total, mine, theirs = merged(highest, total, top, sum)
             out = tl.fma(acc, tl.broadcast_to(theirs[:, None], [ROWS, WIDTH]), out * mine[:, None])
@@ -139,6 +221,8 @@ def attention_kernel(
             tl.store(state + 2 * cell + 1, sum, mask=live)
             tl.store(partial + cell[:, None] * WIDTH + at[None, :], acc, mask=live[:, None])
     if WHOLE:
+        if SCALED:
+            total *= _LARGER
         tl.store(OUT + place[:, None] * DIM + at[None, :], (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -152,6 +236,7 @@ def merge_kernel(
     QUERY_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     WINDOW: tl.constexpr,
+    SCALED: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -174,6 +259,8 @@ def merge_kernel(
         highest, total, mine, theirs = merged(highest, total, top, sum)
         out = tl.fma(acc, tl.broadcast_to(theirs[:, None], [1, WIDTH]), out * mine[:, None])
     inside = (at < DIM)[None, :]
+    if SCALED:
+        total *= _LARGER
     tl.store(OUT + place * DIM + at[None, :], (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -233,6 +320,7 @@ def attention(
             QUERY_HEADS=heads.query_heads,
             DIM=heads.dim,
             WINDOW=window or 0,
+            SCALED=kv.scales is not None,
             SPLIT=KV_SPLIT,
             WIDTH=width,
             num_warps=1,

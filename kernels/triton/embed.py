@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.grouped import e4m3_value
 from headrace.kernels.triton.products import columns_of
+from headrace.kernels.triton.rounding import e4m3_value
 from headrace.kernels.triton.weights import DeviceWeight
 
 _BLOCK = 512

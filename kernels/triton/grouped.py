@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
+from headrace.kernels.triton.rounding import e4m3_value
 from headrace.kernels.triton.tiles import precision_of
 from headrace.kernels.triton.weights import STEP, DeviceWeight
 
@@ -48,14 +49,6 @@ def halves(packed, LOW: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr)
             second = ((packed >> 4).to(tl.int16) | 0x4300).to(DTYPE, bitcast=True)
         return first + (LOW - 128.0), second + (LOW - 128.0)
     return ((packed & 15).to(tl.int32) + LOW).to(DTYPE), ((packed >> 4).to(tl.int32) + LOW).to(DTYPE)
-
-
-@triton.jit
-def e4m3_value(code):
-    """Bytes of e4m3fn as float32, where the hardware knows no such type: as float16 they have the same fraction, and 2^8 to make up for."""
-    wide = code.to(tl.int16)
-    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton.language as tl
 from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference.rope import Rope
 from headrace.kernels.triton.pages import KVPages
+from headrace.kernels.triton.rounding import e4m3_code, nearest_whole
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.triton.tiles import power_of_two
 
@@ -77,11 +78,15 @@ def rope_write_kv_kernel(
             largest = tl.max(tl.abs(x), 0)
             # NaN and infinity make a scale of NaN and codes of 0.
             finite = largest < float("inf")
-            factor = tl.where(finite & (largest >= 2.0**-100), 127.0 / largest, 0.0)
-            # The sum with 1.5 * 2^23 has no room for fractions, and rounds to even.
-            x = tl.where(finite, (x * factor + 12582912.0) - 12582912.0, 0.0)
+            most: tl.constexpr = 127.0 if keys.dtype.element_ty == tl.int8 else 448.0
+            factor = tl.where(finite & (largest >= 2.0**-100), most / largest, 0.0)
+            x = tl.where(finite, x * factor, 0.0)
+            if keys.dtype.element_ty == tl.int8:
+                x = nearest_whole(x)
+            elif keys.dtype.element_ty == tl.uint8:
+                x = e4m3_code(x)
             kind = tl.where(is_key, 0, 1)
-            scale = tl.where(finite, largest / 127.0, float("nan"))
+            scale = tl.where(finite, largest / most, float("nan"))
             tl.store(scales + ((page * KV_HEADS + kv_head) * 2 + kind) * PAGE + offset, scale, mask=slot >= 0)
         if is_key:
             tl.store(keys + place * DIM + at, x.to(keys.dtype.element_ty), mask=inside)

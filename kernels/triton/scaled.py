@@ -14,27 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.grouped import e4m3_value
 from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
+from headrace.kernels.triton.rounding import e4m3_value, nearest_e4m3, nearest_whole
 from headrace.kernels.triton.weights import STEP, DeviceWeight
 from headrace.kernels.weights import LARGEST, SMALLEST, InputRounding
 
 _ROUND_BLOCK = 1024
-
-
-@triton.jit
-def nearest_whole(x):
-    """Whole numbers of magnitude below 2^22: the sum with 1.5 * 2^23 has no room for fractions, and rounds to even."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def nearest_e4m3(x):
-    """Values of e4m3fn as float32, for |x| up to 448 and a little: fractions have three bits, and none below 2^-9."""
-    exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 121)
-    step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
-    inverse = ((257 - exponent) << 23).to(tl.float32, bitcast=True)
-    return nearest_whole(x * inverse) * step
 
 
 @triton.jit

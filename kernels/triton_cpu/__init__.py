@@ -4,8 +4,8 @@
 
 Triton finds it by its own entry points (group `triton.backends`); nothing of Triton is patched. It is there to prove kernels without a
 GPU: every float of 16 or 8 bits is rounded as the hardware does, to the nearest and ties to even, and with HEADRACE_TRITON_CHECK=1
-every access is held against the tensors that were passed, scratch is filled with NaN, and programs that write the same place are told
-(one that reads what another writes is not, nor a pointer that leaves its tensor and lands in another). Products are float32's own,
+every access is held against the tensor that its pointer was made from, scratch is filled with NaN, and two programs of a launch that touch
+one place are told, where one of them changes it and nothing orders them (`checks.hpp` says what does). Products are float32's own,
 whatever `input_precision` allows. It is inactive where torch has a GPU, needs an x86-64 with AVX2, and refuses by name what it cannot
 lower.
 """

@@ -88,7 +88,7 @@ class CpuBackend(BaseBackend):
     @functools.cache  # noqa: B019
     def hash(self) -> str:
         """Changes with everything that a shared object is made by."""
-        files = b"".join(path.read_bytes() for path in (RUNTIME, *sorted(RUNTIME.parent.glob("*.py"))))
+        files = b"".join(path.read_bytes() for path in sorted((*RUNTIME.parent.glob("*.hpp"), *RUNTIME.parent.glob("*.py"))))
         machine = re.search(r"^flags.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         return hashlib.sha256(files + (machine[0] if machine else "").encode() + " ".join((COMPILER, *FLAGS)).encode()).hexdigest()
 

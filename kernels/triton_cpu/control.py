@@ -31,10 +31,10 @@ def _for(to: Program, op: Operation, number: int) -> int:
 
 @lowers("scf.while")
 def _while(to: Program, op: Operation, number: int) -> int:
-    match = re.match(r"\((.*?)\) : \((.*?)\) -> (.*) \{", op.text)
+    match = re.match(r"(?:\((.*?)\) )?: \((.*?)\) -> (.*) \{", op.text)
     assert match, op.text
-    carried = [pair.split(" = ") for pair in parts(match[1])]
-    types = [Type.parse(type) for type in parts(match[2])]
+    carried = [pair.split(" = ") for pair in parts(match[1])] if match[1] else []
+    types = [Type.parse(type) for type in parts(match[2])] if match[2] else []
     cells = [_cell(to, type, to.value(first)) for (_, first), type in zip(carried, types, strict=True)]
     passed: list[Value] = []
 
@@ -44,19 +44,32 @@ def _while(to: Program, op: Operation, number: int) -> int:
 
     to.emit("for (;;) {")
     end = to.nested(number + 1, {name: cell for (name, _), cell in zip(carried, cells, strict=True)}, condition)
-    names = re.findall(r"(%[\w$.-]+): ", to.body[end + 1])
-    end = to.nested(end + 2, dict(zip(names, passed, strict=True)), lambda names: _carry(to, cells, names))
+    named = to.body[end + 1].startswith("^")
+    names = re.findall(r"(%[\w$.-]+): ", to.body[end + 1]) if named else []
+    end = to.nested(end + 1 + named, dict(zip(names, passed, strict=True)), lambda names: _carry(to, cells, names))
     to.emit("}")
     for name, value in zip(op.results, passed, strict=True):
         to.scopes[-1][name] = value
     return end + 1
 
 
+def _origin(to: Program, type: Type) -> str:
+    """Where what is carried points to: for checks, which tensor a pointer was made from is carried with it."""
+    if not type.pointer:
+        return "-1"
+    name = to.fresh("b")
+    to.declared.append(f"int {name}{{-1}};")
+    return name
+
+
 def _cell(to: Program, type: Type, first: Value) -> Value:
     """What a loop carries, with its first value in it."""
+    origin = _origin(to, type)
+    if type.pointer:
+        to.emit(f"{origin} = {first.base};")
     if not type.shape:
-        return to.scalar(type, first.at([]), first.base)
-    cell = to.held(type, to.array(type), first.base)
+        return to.scalar(type, first.at([]), origin)
+    cell = to.held(type, to.array(type), origin)
     to.each(type, lambda index: f"{cell.at(index)} = {first.at(index)};")
     return cell
 
@@ -66,6 +79,10 @@ def _carry(to: Program, cells: list[Value], names: list[str]) -> None:
     assignments = []
     for name, cell in zip(names, cells, strict=True):
         value = to.value(name)
+        if cell.type.pointer and value.base != cell.base:
+            origin = to.fresh("y")
+            to.emit(f"const int {origin} = {value.base};")
+            assignments.append(f"{cell.base} = {origin};")
         if not cell.type.shape:
             next_ = to.fresh("y")
             to.emit(f"const {cell.type.c} {next_} = {value.at([])};")
@@ -89,12 +106,16 @@ def _if(to: Program, op: Operation, number: int) -> int:
     assert match, op.text
     condition = to.value(match[1])
     types = [Type.parse(type) for type in parts(match[2])] if match[2] else []
-    cells = [to.held(type, to.array(type)) if type.shape else to.scalar(type, f"{type.c}{{}}") for type in types]
+    cells = [
+        to.held(type, to.array(type), _origin(to, type)) if type.shape else to.scalar(type, f"{type.c}{{}}", _origin(to, type))
+        for type in types
+    ]
 
     def give(names: list[str]) -> None:
         for name, cell in zip(names, cells, strict=True):
             value = to.value(name)
-            cell.base = value.base
+            if cell.type.pointer:
+                to.emit(f"{cell.base} = {value.base};")
             if cell.type.shape:
                 to.each(cell.type, lambda index, cell=cell, value=value: f"{cell.at(index)} = {value.at(index)};")
             else:

@@ -28,18 +28,28 @@ _SLOTS = {
 _SLOTS |= {"f64": ctypes.c_double}
 
 
+_OUTSIDE, _RACE = 1, 2
+_DID = ("reads", "writes", "updates atomically", "watches")
+
+
 class _Extent(ctypes.Structure):
-    _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("writers", ctypes.c_void_p))
+    _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("first", ctypes.c_int32), ("places", ctypes.c_void_p))
 
 
 class _Found(ctypes.Structure):
+    """What a launch found first, as in checks.hpp."""
+
     _fields_ = (
         ("kind", ctypes.c_int32),
         ("line", ctypes.c_int32),
         ("argument", ctypes.c_int32),
         ("program", ctypes.c_int32),
         ("offset", ctypes.c_int64),
-        ("taken", ctypes.c_int8),
+        ("how", ctypes.c_int32),
+        ("other_how", ctypes.c_int32),
+        ("other_line", ctypes.c_int32),
+        ("other_program", ctypes.c_int32),
+        ("taken", ctypes.c_int32),
     )
 
 
@@ -56,7 +66,7 @@ class CpuLauncher:
         self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, about: Any, enter: Any, leave: Any, *arguments: Any
     ) -> None:
         slots = (ctypes.c_int64 * max(1, len(self._arguments)))()
-        tensors: list[tuple[str, torch.Tensor]] = []
+        tensors: list[tuple[str, torch.Tensor | None]] = []
         for slot, (index, name, kind) in enumerate(self._arguments):
             value = arguments[index]
             if not kind.startswith("*"):
@@ -68,35 +78,39 @@ class CpuLauncher:
                 tensors.append((name, value))
             else:
                 slots[slot] = value or 0
+                tensors.append((name, None))
         if x * y * z == 0:
             return
-        threads = torch.get_num_threads()
-        if self._checked:
-            self._run_checked(function, slots, tensors, (x, y, z), threads)
-        else:
-            function(slots, x, y, z, threads, None, 0, None)
-
-    def _run_checked(
-        self, function: Callable, slots: Any, tensors: list[tuple[str, torch.Tensor]], grid: Sequence[int], threads: int
-    ) -> None:
-        sizes = [max(1, tensor.untyped_storage().nbytes()) for _, tensor in tensors]
-        writers = [(ctypes.c_int32 * size)() for size in sizes]
-        extents = (_Extent * max(1, len(tensors)))()
-        for place, (_, tensor) in enumerate(tensors):
-            begin = tensor.untyped_storage().data_ptr()
-            extents[place] = _Extent(begin, begin + sizes[place], ctypes.addressof(writers[place]))
+        extents = _extents([tensor for _, tensor in tensors]) if self._checked else None
         found = _Found()
-        function(slots, *grid, threads, extents, len(tensors), ctypes.byref(found))
-        if not found.kind:
-            return
-        where = self._lines[found.line] if found.line < len(self._lines) else "an unknown line"
-        x, y = grid[0], grid[1]
-        program = (found.program % x, found.program // x % y, found.program // x // y)
-        if found.kind == 2:
-            name, tensor = tensors[found.argument]
-            raise MemoryError(f"{self._name}: programs race: {program} writes byte {found.offset} of {name} after another has, at {where}")
-        which = f"{found.offset} bytes from the begin of {tensors[found.argument][0]}" if found.argument >= 0 else "an address of no tensor"
-        raise IndexError(f"{self._name}: program {program} accesses {which}, which is within none that was passed, at {where}")
+        function(slots, x, y, z, torch.get_num_threads(), extents, len(tensors), ctypes.byref(found))
+        if found.kind:
+            raise self._error(found, [name for name, _ in tensors], (x, y))
+
+    def _error(self, found: _Found, names: list[str], grid: tuple[int, int]) -> Exception:
+        def program(number: int) -> tuple[int, int, int]:
+            return number % grid[0], number // grid[0] % grid[1], number // grid[0] // grid[1]
+
+        who, where = program(found.program), self._lines[found.line]
+        if found.kind == _RACE:
+            what = f"{who} {_DID[found.how]} byte {found.offset} of {names[found.argument]}, at {where}"
+            other = f"{program(found.other_program)} {_DID[found.other_how]} it in the same launch, at {self._lines[found.other_line]}"
+            return MemoryError(f"{self._name}: programs race: {what}, and {other}; nothing orders the two")
+        which = f"{found.offset} bytes from the begin of {names[found.argument]}" if found.argument >= 0 else "an address of no tensor"
+        return IndexError(f"{self._name}: program {who} accesses {which}, which is not within it, at {where}")
+
+
+def _extents(tensors: list[torch.Tensor | None]) -> ctypes.Array:
+    """The memory of each; a pointer that came without a tensor has none."""
+    extents = (_Extent * max(1, len(tensors)))()
+    firsts: dict[tuple[int, int], int] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None:
+            begin, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+            extents[place] = _Extent(begin, begin + size, firsts.setdefault((begin, size), place), None)
+        else:
+            extents[place].first = place
+    return extents
 
 
 class CpuUtils:

@@ -117,6 +117,9 @@ def _compared(to: Program, op: Operation, number: int) -> None:
 def _select(to: Program, op: Operation, number: int) -> None:
     choice, yes, no = op.operands(to.value)
     type = Type.parse(parts(op.types)[-1])
+    base = yes.base
+    if yes.base != no.base:
+        base = "-1" if choice.type.shape else f"({choice.at([])} ? {yes.base} : {no.base})"
     one = not choice.type.shape and bool(type.shape)
     to.define(
         op.results[0],
@@ -125,7 +128,7 @@ def _select(to: Program, op: Operation, number: int) -> None:
             lambda index: f"({choice.at([] if one else index)} ? {yes.at(index)} : {no.at(index)})",
             choice.cheap and yes.cheap and no.cheap and not type.is_float,
             None,
-            yes.base,
+            base,
         ),
     )
 

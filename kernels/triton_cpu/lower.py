@@ -2,14 +2,14 @@
 
     %s = arith.mulf %a, %b : tensor<64x64xf32>     for i0, for i1: s[i0 * 64 + i1] = a[…] * b[…]
 
-`tile_ir.py` reads the IR, `program.py` holds a program while it is made, and the operations stand in `elementwise.py`, `tiles.py` and
-`control.py`. What has no lowering is refused by name.
+`tile_ir.py` reads the IR, `program.py` holds a program while it is made, and the operations stand in `elementwise.py`, `shapes.py`,
+`memory.py`, `folds.py`, `products.py` and `control.py`. What has no lowering is refused by name.
 """
 
-from headrace.kernels.triton_cpu import control, elementwise, tiles
+from headrace.kernels.triton_cpu import control, elementwise, folds, memory, products, shapes
 from headrace.kernels.triton_cpu.program import Kernel, Program
 
-assert control and elementwise and tiles, "they put their operations into the table"
+assert all((control, elementwise, folds, memory, products, shapes)), "they put their operations into the table"
 
 
 def lower(text: str) -> Kernel:

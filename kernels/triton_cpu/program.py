@@ -35,6 +35,8 @@ class Program:
     lines: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     scratch: int = 0
+    granule: int = 8
+    """Bytes of the narrowest access."""
     count: int = 0
     name: str = ""
     arguments: list[tuple[str, str]] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Program:
         self.owned[-1].add(name)
         return name
 
-    def held(self, type: Type, name: str, base: int = -1) -> Value:
+    def held(self, type: Type, name: str, base: str = "-1") -> Value:
         return Value(type, lambda index: f"{name}[{flat(type.shape, index)}]", True, name, base)
 
     def hold(self, value: Value) -> Value:
@@ -86,7 +88,7 @@ class Program:
         self.each(value.type, lambda index: f"{held.at(index)} = {value.at(index)};")
         return held
 
-    def scalar(self, type: Type, expression: str, base: int = -1) -> Value:
+    def scalar(self, type: Type, expression: str, base: str = "-1") -> Value:
         name = self.fresh("s")
         self.declared.append(f"{type.c} {name}{{}};")
         self.emit(f"{name} = {expression};")
@@ -127,10 +129,14 @@ class Program:
 
     def _signature(self, line: str) -> None:
         self.name = re.search(r"@([\w$.]+)", line)[1]  # type: ignore[index]
+        pointers = 0
         for place, (name, kind) in enumerate(re.findall(r"%([\w$.-]+): (!tt\.ptr<[^>]*>|\w+)", line)):
             type = Type.parse(kind)
             self.arguments.append((name, "*" + type.element if type.pointer else type.element))
-            self.scopes[0]["%" + name] = Value(type, lambda index, place=place: f"a{place}", True, None, place if type.pointer else -1)
+            self.scopes[0]["%" + name] = Value(
+                type, lambda index, place=place: f"a{place}", True, None, str(pointers) if type.pointer else "-1"
+            )
+            pointers += type.pointer
 
     def _block(self, number: int, yields: Callable[[list[str]], None]) -> int:
         """Lower lines up to the block's end, whose number is returned."""
@@ -174,11 +180,10 @@ class Program:
         for place, (_, kind) in enumerate(self.arguments):
             type = Type((), kind.lstrip("*"), kind.startswith("*"))
             slots.append(f"{type.c} const a{place} = *reinterpret_cast<{type.c} const*>(slots + {place});")
-        size = max(64, self.scratch)
         lines = [
             '#include "runtime.hpp"',
             "",
-            "static void program(char* scratch, const int64_t* slots, int p0, int p1, int p2, int g0, int g1, int g2, Checks checks) {",
+            "static void program(char* scratch, const int64_t* slots, int p0, int p1, int p2, int g0, int g1, int g2, Checks& checks) {",
             *slots,
             *self.declared,
             "{",
@@ -188,23 +193,8 @@ class Program:
             "}",
             "",
             'extern "C" void launch(const int64_t* slots, int g0, int g1, int g2, int threads,',
-            "                       const Extent* extents, int count, Found* found) {",
-            "    const int64_t all = static_cast<int64_t>(g0) * g1 * g2;",
-            "#pragma omp parallel num_threads(all < threads ? static_cast<int>(all) : threads)",
-            "    {",
-            f"        char* scratch = static_cast<char*>(std::aligned_alloc(64, {size}));",
-            "#pragma omp for schedule(dynamic)",
-            "        for (int64_t i = 0; i < all; i++) {",
-            "#ifdef HEADRACE_TRITON_CHECKED",
-            f"            std::memset(scratch, 255, {size});",
-            "            const Checks checks{extents, count, found, static_cast<int>(i)};",
-            "#else",
-            "            const Checks checks{};",
-            "#endif",
-            "            program(scratch, slots, i % g0, i / g0 % g1, i / g0 / g1, g0, g1, g2, checks);",
-            "        }",
-            "        std::free(scratch);",
-            "    }",
+            "                       Extent* extents, int count, Found* found) {",
+            f"    run<program, {max(64, self.scratch)}, {self.granule}>(slots, g0, g1, g2, threads, extents, count, found);",
             "}",
         ]
         return "\n".join(lines) + "\n"

@@ -1,179 +1,35 @@
-// What the C++ of a lowered kernel is written in: number formats, loads and stores, the product of tiles, and the checks.
+// What the C++ of a lowered kernel is written in, and the loop over a grid's programs.
 #pragma once
 
-#include <immintrin.h>
-
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <utility>
 
-// Floats of 16 and 8 bits as they lie in memory. In a kernel they are float, rounded after every operation.
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
-struct f8e4m3 { uint8_t bits; };
-struct f8e5m2 { uint8_t bits; };
+#include "memory.hpp"
+#include "product.hpp"
 
-static inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
-static inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+using Program = void(char* scratch, const int64_t* slots, int p0, int p1, int p2, int g0, int g1, int g2, Checks& checks);
 
-static inline uint16_t to_bf16(float x) {
-    const uint32_t u = bits_of(x);
-    return x != x ? 0x7fff : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-static inline float from_bf16(uint16_t b) { return float_of(static_cast<uint32_t>(b) << 16); }
-static inline uint16_t to_f16(float x) { return static_cast<uint16_t>(_cvtss_sh(x, 0)); }
-static inline float from_f16(uint16_t h) { return _cvtsh_ss(h); }
-
-// Of EXPONENT and MANTISSA bits; FINITE has no infinity and one NaN. Beyond the largest number it is that number (saturation).
-template <int EXPONENT, int MANTISSA, bool FINITE>
-struct Small {
-    static constexpr int BIAS = (1 << (EXPONENT - 1)) - 1;
-    static constexpr int TOP = (1 << EXPONENT) - 1;
-
-    static float largest() {
-        return FINITE ? std::ldexp(2.0f - std::ldexp(2.0f, -MANTISSA), TOP - BIAS) : std::ldexp(2.0f - std::ldexp(1.0f, -MANTISSA), TOP - 1 - BIAS);
-    }
-    static uint8_t to(float x) {
-        const uint8_t sign = static_cast<uint8_t>(bits_of(x) >> 31 << 7);
-        if (x != x) return sign | 0x7f;
-        float a = std::fmin(std::fabs(x), largest());
-        int e = 0;
-        std::frexp(a, &e);
-        e = e - 1 < 1 - BIAS ? 1 - BIAS : e - 1;
-        // The current rounding mode is to the nearest, ties to even.
-        const float steps = std::nearbyint(std::ldexp(a, MANTISSA - e));
-        const int code = static_cast<int>(steps) + ((e + BIAS - 1) << MANTISSA);
-        return sign | static_cast<uint8_t>(a == 0 ? 0 : code);
-    }
-    static float from(uint8_t b) {
-        const int e = b >> MANTISSA & TOP, m = b & ((1 << MANTISSA) - 1);
-        float a = e ? std::ldexp(1.0f + std::ldexp(static_cast<float>(m), -MANTISSA), e - BIAS) : std::ldexp(static_cast<float>(m), 1 - BIAS - MANTISSA);
-        if (FINITE ? (b & 0x7f) == 0x7f : e == TOP) a = !FINITE && m == 0 ? INFINITY : NAN;
-        return b & 0x80 ? -a : a;
-    }
-};
-using E4M3 = Small<4, 3, true>;
-using E5M2 = Small<5, 2, false>;
-
-static inline float round_bf16(float x) { return from_bf16(to_bf16(x)); }
-static inline float round_f16(float x) { return from_f16(to_f16(x)); }
-static inline float round_f8e4m3(float x) { return E4M3::from(E4M3::to(x)); }
-static inline float round_f8e5m2(float x) { return E5M2::from(E5M2::to(x)); }
-
-template <class T> static inline T get(const T* p) { return *p; }
-static inline float get(const bf16* p) { return from_bf16(p->bits); }
-static inline float get(const f16* p) { return from_f16(p->bits); }
-static inline float get(const f8e4m3* p) { return E4M3::from(p->bits); }
-static inline float get(const f8e5m2* p) { return E5M2::from(p->bits); }
-template <class T, class V> static inline void put(T* p, V v) { *p = static_cast<T>(v); }
-static inline void put(bf16* p, float v) { p->bits = to_bf16(v); }
-static inline void put(f16* p, float v) { p->bits = to_f16(v); }
-static inline void put(f8e4m3* p, float v) { p->bits = E4M3::to(v); }
-static inline void put(f8e5m2* p, float v) { p->bits = E5M2::to(v); }
-
-// 2^x within 2 units in the last place, by the same instructions for every lane (the polynomial is that of e^y, Cephes' expf).
-static inline float exp2_of(float x) {
-    const float clamped = x < -126.0f ? -126.0f : x > 128.0f ? 128.0f : x;
-    const float whole = __builtin_nearbyintf(clamped), y = (clamped - whole) * 0.693147180559945f;
-    float p = 1.9875691500e-4f;
-    p = p * y + 1.3981999507e-3f;
-    p = p * y + 8.3334519073e-3f;
-    p = p * y + 4.1665795894e-2f;
-    p = p * y + 1.6666665459e-1f;
-    p = p * y + 5.0000001201e-1f;
-    p = p * y * y + y + 1.0f;
-    const float half = float_of(static_cast<uint32_t>(static_cast<int>(whole) - 1 + 127) << 23);
-    return x < -126.0f ? 0.0f : x != x ? x : p * half * 2.0f;
-}
-static inline float exp_of(float x) { return exp2_of(x * 1.44269504088896341f); }
-
-// Of integers, 0 where there is none.
-template <class T> static inline T quotient(T a, T b) { return b == 0 ? T{} : b == static_cast<T>(-1) && static_cast<T>(-1) < 0 ? -a : a / b; }
-template <class T> static inline T remainder(T a, T b) { return b == 0 || (b == static_cast<T>(-1) && static_cast<T>(-1) < 0) ? T{} : a % b; }
-
-template <class T> static inline T high_product(T a, T b) {
-    if constexpr (sizeof(T) == 4) return static_cast<T>((static_cast<uint64_t>(static_cast<uint32_t>(a)) * static_cast<uint32_t>(b)) >> 32);
-    else return static_cast<T>((static_cast<unsigned __int128>(static_cast<uint64_t>(a)) * static_cast<uint64_t>(b)) >> 64);
-}
-
-// c [M][N] += a [M][K] b [K][N], each c a chain over K in order; floats, or int32 of int8 values.
-template <int M, int N, int K, class T, class C>
-static __attribute__((noinline)) void add_product(const T* __restrict a, const T* __restrict b, C* __restrict c) {
-    constexpr int WIDTH = N % 16 == 0 ? 16 : N % 8 == 0 ? 8 : N % 4 == 0 ? 4 : 1, ROWS = M % 8 == 0 ? 8 : M % 4 == 0 ? 4 : M % 2 == 0 ? 2 : 1;
-    typedef C Wide __attribute__((vector_size(WIDTH * sizeof(C))));
-    typedef T Narrow __attribute__((vector_size(WIDTH * sizeof(T))));
-    for (int n = 0; n < N; n += WIDTH)
-        for (int m = 0; m < M; m += ROWS) {
-            Wide acc[ROWS];
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) std::memcpy(&acc[r], c + (m + r) * N + n, sizeof(Wide));
-            for (int k = 0; k < K; k++) {
-                Narrow stored;
-                std::memcpy(&stored, b + k * N + n, sizeof stored);
-                const Wide column = __builtin_convertvector(stored, Wide);
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) acc[r] += column * static_cast<C>(a[(m + r) * K + k]);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) std::memcpy(c + (m + r) * N + n, &acc[r], sizeof(Wide));
-        }
-}
-
-// What a checked launch knows of each tensor that was passed, and what it found.
-struct Extent {
-    char *begin, *end;
-    std::atomic<int32_t>* writers;  // the program that wrote each byte, plus one; null where nobody has
-};
-struct Found {
-    int32_t kind;  // 0 nothing, 1 an access beside every tensor, 2 two programs writing one place
-    int32_t line, argument, program;
-    int64_t offset;
-    std::atomic_flag taken;
-};
-
+// Scratch of SIZE bytes a thread; in a checked launch it is NaN (or -1) where a program has not written. Programs begin in order, so one may
+// wait for those before it and never for those behind it.
+template <Program PROGRAM, int64_t SIZE, int GRANULE>
+static void run(const int64_t* slots, int g0, int g1, int g2, int threads, Extent* extents, int count, Found* found) {
+    const int64_t all = static_cast<int64_t>(g0) * g1 * g2;
 #ifdef HEADRACE_TRITON_CHECKED
-
-struct Checks {
-    const Extent* extents;
-    int count;
-    Found* found;
-    int program;
-
-    void tell(int kind, int line, int argument, int64_t offset) const {
-        if (found->taken.test_and_set()) return;
-        found->kind = kind;
-        found->line = line;
-        found->argument = argument;
-        found->program = program;
-        found->offset = offset;
-    }
-    // Whether the access may be done. `argument` is the tensor that the pointer was made from, or -1.
-    bool allow(const void* at, int size, int line, int argument, bool writes) const {
-        char* p = static_cast<char*>(const_cast<void*>(at));
-        for (int i = 0; i < count; i++) {
-            const Extent& one = extents[i];
-            if (p < one.begin || p + size > one.end) continue;
-            for (int byte = 0; writes && one.writers && byte < size; byte++) {
-                const int32_t before = one.writers[p - one.begin + byte].exchange(program + 1);
-                if (before != 0 && before != program + 1) tell(2, line, i, p - one.begin + byte);
-            }
-            return true;
-        }
-        tell(1, line, argument, argument < 0 ? 0 : p - extents[argument].begin);
-        return false;
-    }
-};
-#define LOAD(p, line, argument) (checks.allow(p, sizeof *(p), line, argument, false) ? get(p) : decltype(get(p)){})
-#define STORE(p, v, line, argument) do { if (checks.allow(p, sizeof *(p), line, argument, true)) put(p, v); } while (0)
-
-#else
-
-struct Checks {};
-#define LOAD(p, line, argument) get(p)
-#define STORE(p, v, line, argument) put(p, v)
-
+    threads = 1;
 #endif
+#pragma omp parallel num_threads(all < threads ? static_cast<int>(all) : threads)
+    {
+        char* const scratch = static_cast<char*>(std::aligned_alloc(64, SIZE));
+        Checks checks(extents, count, GRANULE, found, all);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < all; i++) {
+            if (!found->empty()) continue;
+#ifdef HEADRACE_TRITON_CHECKED
+            std::memset(scratch, 255, SIZE);
+#endif
+            checks.begin(static_cast<int>(i));
+            PROGRAM(scratch, slots, i % g0, i / g0 % g1, i / g0 / g1, g0, g1, g2, checks);
+        }
+        std::free(scratch);
+    }
+}

@@ -18,6 +18,7 @@ STORED = {
     "i1": "int8_t",
 }
 """How elements lie in memory, by the IR's name."""
+BYTES = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i16": 2, "f8E4M3FN": 1, "f8E5M2": 1, "i8": 1, "i1": 1}
 ROUNDED = {"bf16": "round_bf16", "f16": "round_f16", "f8E4M3FN": "round_f8e4m3", "f8E5M2": "round_f8e5m2"}
 """Floats that are float in a program, and what rounds them."""
 
@@ -75,8 +76,8 @@ class Value:
     """May be written as often as it is used."""
     array: str | None = None
     """The name of the array that holds it."""
-    base: int = -1
-    """For pointers: the argument they were made from."""
+    base: str = "-1"
+    """For pointers, in C++: the number of the tensor they were made from, -1 where that is not known."""
 
 
 @dataclass(slots=True)

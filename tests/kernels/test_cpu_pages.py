@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.kernels.ops import HeadShape, RopeTable
-from headrace.kernels.reference.step import TYPES
 from tests.kernels.eager import ReferenceOps
 from tests.kernels.paged import paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu")
+from headrace.kernels.cpu.pages import TYPES  # noqa: E402
 from tests.kernels.eager import NativeOps  # noqa: E402
 
 REFERENCE = ReferenceOps()

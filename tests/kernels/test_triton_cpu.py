@@ -1,11 +1,5 @@
 """The CPU backend of Triton: kernels of all kinds run on CPU tensors, numbers are rounded as on a GPU, and faults are found."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,8 +10,6 @@ if torch.cuda.is_available():
 import triton.language as tl  # noqa: E402
 
 from headrace.kernels.triton_cpu.tile_ir import Unsupported  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 
 @triton.jit
@@ -144,20 +136,26 @@ def test_a_rounding_that_it_does_not_do_is_refused():
 
 
 @triton.jit
-def counting_kernel(X, BLOCK: tl.constexpr):
-    tl.atomic_add(X + tl.arange(0, BLOCK), 1.0)
+def assembly_kernel(X, BLOCK: tl.constexpr):
+    x = tl.load(X + tl.arange(0, BLOCK))
+    y = tl.inline_asm_elementwise("add.f32 $0, $1, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(X + tl.arange(0, BLOCK), y)
 
 
 def test_what_cannot_be_lowered_is_refused_by_name():
-    with pytest.raises(Unsupported, match=r"counting_kernel: tt\.atomic_rmw has no lowering on the CPU .*test_triton_cpu\.py:\d+"):
-        counting_kernel[(1,)](torch.ones(16), BLOCK=16)
+    with pytest.raises(
+        Unsupported, match=r"assembly_kernel: tt\.elementwise_inline_asm has no lowering on the CPU .*test_triton_cpu\.py:\d+"
+    ):
+        assembly_kernel[(1,)](torch.ones(16), BLOCK=16)
 
 
-FAULTS = """
-import torch, triton, triton.language as tl
+@pytest.fixture
+def checks(monkeypatch):
+    monkeypatch.setenv("HEADRACE_TRITON_CHECK", "1")
+
 
 @triton.jit
-def gather(pages, KV, OUT, count, SHIFT: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr):
+def pages_kernel(pages, KV, OUT, count, SHIFT: tl.constexpr, MASK: tl.constexpr, D: tl.constexpr):
     i, d = tl.program_id(0), tl.arange(0, D)
     page = tl.load(pages + i) + SHIFT
     if MASK:
@@ -166,20 +164,58 @@ def gather(pages, KV, OUT, count, SHIFT: tl.constexpr, MASK: tl.constexpr, D: tl
         x = tl.load(KV + page * D + d)
     tl.store(OUT + i * D + d, x)
 
+
 @triton.jit
-def racing(OUT, APART: tl.constexpr, B: tl.constexpr):
+def racing_kernel(OUT, APART: tl.constexpr, B: tl.constexpr):
     i = tl.program_id(0)
     tl.store(OUT + i * APART + tl.arange(0, B), tl.full([B], 1.0, tl.float32) * i)
 
+
 @triton.jit
-def uneven(OUT, WIDE):
+def uneven_kernel(OUT, WIDE):
     if tl.program_id(0) == 0:
         tl.store(OUT, 1.0)
     else:
         tl.store(WIDE + 1, tl.full([], 3, tl.int16))
 
+
+def paged(last: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.tensor([0, 1, 2, last], dtype=torch.int32), torch.randn(4, 32), torch.empty(4, 32)
+
+
+def test_checks_pass_what_is_right(checks):
+    pages, kv, out = paged()
+    pages_kernel[(4,)](pages, kv, out, 4, SHIFT=0, MASK=False, D=32)
+    assert torch.equal(out, kv)
+    racing_kernel[(4,)](out, APART=32, B=32)
+    assert out[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_checks_find_an_index_of_a_page_that_is_off_by_one(checks):
+    said = r"pages_kernel: program \(3, 0, 0\) accesses 512 bytes from the begin of KV.*test_triton_cpu\.py:\d+"
+    with pytest.raises(IndexError, match=said):
+        pages_kernel[(4,)](*paged(), 4, SHIFT=1, MASK=False, D=32)
+
+
+def test_checks_find_a_missing_mask(checks):
+    with pytest.raises(IndexError, match="KV"):
+        pages_kernel[(4,)](*paged(1000), 3, SHIFT=0, MASK=False, D=32)
+    pages_kernel[(4,)](*paged(1000), 3, SHIFT=0, MASK=True, D=32)
+
+
+def test_checks_find_programs_that_write_one_place(checks):
+    with pytest.raises(MemoryError, match=r"racing_kernel: programs race: \(1, 0, 0\) writes byte 64 of OUT, at .*test_triton_cpu\.py:\d+"):
+        racing_kernel[(4,)](torch.empty(4, 32), APART=16, B=32)
+
+
+def test_checks_find_programs_that_write_parts_of_one_place(checks):
+    out = torch.empty(4, 32)
+    with pytest.raises(MemoryError, match="uneven_kernel: programs race"):
+        uneven_kernel[(2,)](out, out.view(torch.int16))
+
+
 @triton.jit
-def slipping(X, Y, ROUND: tl.constexpr):
+def slipping_kernel(X, Y, ROUND: tl.constexpr):
     x = tl.load(X + tl.arange(0, 64))
     if ROUND:
         tl.store(Y + tl.arange(0, 64), x.to(tl.bfloat16))
@@ -187,55 +223,12 @@ def slipping(X, Y, ROUND: tl.constexpr):
         cut = x.to(tl.int32, bitcast=True) & -65536
         tl.store(Y + tl.arange(0, 64), cut.to(tl.float32, bitcast=True).to(tl.bfloat16))
 
-pages, kv, out = torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.randn(4, 32), torch.empty(4, 32)
-"""
 
-
-def checked(lines: str) -> str:
-    """What a checked run of `lines` ends with."""
-    path = Path(os.environ["XDG_CACHE_HOME"]) / "faults.py"
-    path.write_text(FAULTS + textwrap.dedent(lines))
-    ended = subprocess.run(
-        [sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | {"HEADRACE_TRITON_CHECK": "1"}
-    )
-    return (ended.stdout + ended.stderr).strip().splitlines()[-1]
-
-
-def test_checks_pass_what_is_right():
-    assert (
-        checked("gather[(4,)](pages, kv, out, 4, SHIFT=0, MASK=False, D=32); racing[(4,)](out, APART=32, B=32); print(out[3, 0].item())")
-        == "3.0"
-    )
-
-
-def test_checks_find_an_index_of_a_page_that_is_off_by_one():
-    said = checked("gather[(4,)](pages, kv, out, 4, SHIFT=1, MASK=False, D=32)")
-    assert "IndexError: gather: program (3, 0, 0) accesses 512 bytes from the begin of KV" in said
-    assert "faults.py:11" in said
-
-
-def test_checks_find_a_missing_mask():
-    assert "KV" in checked("pages[3] = 1000; gather[(4,)](pages, kv, out, 3, SHIFT=0, MASK=False, D=32)")
-    assert checked("pages[3] = 1000; gather[(4,)](pages, kv, out, 3, SHIFT=0, MASK=True, D=32); print('good')") == "good"
-
-
-def test_checks_find_programs_that_write_one_place():
-    said = checked("racing[(4,)](out, APART=16, B=32)")
-    assert "racing: programs race" in said
-    assert "faults.py:17" in said
-
-
-def test_checks_find_programs_that_write_parts_of_one_place():
-    assert "uneven: programs race" in checked("uneven[(2,)](out, out.view(torch.int16))")
-
-
-def test_a_slip_in_rounding_shows_beside_torch():
-    lines = """
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_slip_in_rounding_shows_beside_torch(rounds):
     x, y = torch.randn(64), torch.empty(64, dtype=torch.bfloat16)
-    slipping[(1,)](x, y, ROUND={}); print(torch.equal(y, x.to(torch.bfloat16)))
-    """
-    assert checked(lines.format(True)) == "True"
-    assert checked(lines.format(False)) == "False"
+    slipping_kernel[(1,)](x, y, ROUND=rounds)
+    assert torch.equal(y, x.to(torch.bfloat16)) == rounds
 
 
 def test_activations_beyond_float16_stay_finite_beside_weights_of_float16():
