@@ -127,6 +127,12 @@ def combine_kernel(X, places, weights, Y, used, width, BLOCK: tl.constexpr):
     tl.store(Y + token * width + columns, total.to(Y.dtype.element_ty), mask=columns < width)
 
 
+def tiles_of(pairs: int, experts: int) -> tuple[int, int]:
+    """Rows of a tile at most, which are about as many as an expert has, and how many tiles there may be."""
+    tile = EXPERT_TOKENS[pairs > EXPERT_TOKENS[0] * experts]
+    return tile, min(pairs, pairs // tile + experts)
+
+
 def route(logits: torch.Tensor, used: int, renormalize: bool) -> Routing:
     """The choice that float32 logits [T, E] make. ValueError for a number of experts that there is not."""
     tokens, experts = logits.shape
@@ -135,9 +141,7 @@ def route(logits: torch.Tensor, used: int, renormalize: bool) -> Routing:
     device, pairs = logits.device, tokens * used
     chosen, order, places = (torch.empty(pairs, dtype=torch.int32, device=device) for _ in range(3))
     weights = torch.empty(tokens, used, dtype=torch.float32, device=device)
-    # As many as an expert has on average.
-    tile = EXPERT_TOKENS[pairs > EXPERT_TOKENS[0] * experts]
-    most = min(pairs, pairs // tile + experts)
+    tile, most = tiles_of(pairs, experts)
     table = torch.empty(most, 3, dtype=torch.int32, device=device)
     if tokens:
         route_kernel[(tokens,)](
@@ -196,18 +200,21 @@ def experts(
     """See `Ops.experts`. x [T, H]: [T, H] of type `out`."""
     if not routing.experts == gate_up[0].experts == down[0].experts:
         raise ValueError(f"the router chooses among {routing.experts} experts, there are {gate_up[0].experts} and {down[0].experts}")
-    tokens, width = len(x), sum(part.outputs for part in down)
-    y = torch.empty(tokens, width, dtype=out, device=x.device)
-    if tokens:
-        inner = gated(_multiply(x, routing.tiles, gate_up, out), activation)
-        outer = _multiply(inner, replace(routing.tiles, used=0), down, out)
-        combine_kernel[(tokens, triton.cdiv(width, _COMBINE_BLOCK))](
-            outer, routing.places, routing.weights, y, routing.used, width, BLOCK=_COMBINE_BLOCK, num_warps=4
-        )
+    if len(x) == 0:
+        return torch.empty(0, sum(part.outputs for part in down), dtype=out, device=x.device)
+    inner = gated(products(x, routing.tiles, gate_up, out), activation)
+    return combine(products(inner, replace(routing.tiles, used=0), down, out), routing.places, routing.weights)
+
+
+def combine(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Rows `places` [T * used] of x [T * used, H] added up by weights [T, used]: [T, H] of its type."""
+    (tokens, used), width = weights.shape, x.shape[1]
+    y = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
+    combine_kernel[(tokens, triton.cdiv(width, _COMBINE_BLOCK))](x, places, weights, y, used, width, BLOCK=_COMBINE_BLOCK, num_warps=4)
     return y
 
 
-def _multiply(x: torch.Tensor, tiles: Tiles, parts: Sequence[DeviceWeight], out: torch.dtype) -> torch.Tensor:
+def products(x: torch.Tensor, tiles: Tiles, parts: Sequence[DeviceWeight], out: torch.dtype) -> torch.Tensor:
     """Every sorted pair's row of x, which is the token's or its own, times its expert's weights: [pairs, N]."""
     pairs, width = len(tiles.order), sum(part.outputs for part in parts)
     y = torch.empty(pairs, width, dtype=out, device=x.device)

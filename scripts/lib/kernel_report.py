@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ import torch
 from headrace.kernels.aot import MOST_SHARED, TARGETS, Compiled, compiling_for
 from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference.rope import Rope
-from headrace.kernels.triton import TritonOps
+from headrace.kernels.triton import TritonOps, experts
 from headrace.kernels.triton.pages import KVPages
+from headrace.kernels.triton.products import Tiles as ExpertTiles
 from headrace.kernels.triton.step import StepTokens, Tiles
 from headrace.kernels.triton.tiles import QUERY_ROWS
 from headrace.kernels.triton.weights import DeviceWeight
@@ -41,12 +42,17 @@ class Shape:
     mlp: int
     vocabulary: int
     qk_norm: bool = False
+    experts: int = 0
+    """Of which a token uses USED, each of width `mlp`."""
 
+
+USED = 8
 
 MODELS = {
     "Llama-3-8B": Shape(4096, HeadShape(32, 8, 128), 14336, 128256),
     "Llama-3-70B/TP8": Shape(8192, HeadShape(8, 1, 128), 3584, 16032),
     "Qwen3-32B/TP4": Shape(5120, HeadShape(16, 2, 128), 6400, 37984, qk_norm=True),
+    "Qwen3-30B-A3B": Shape(2048, HeadShape(32, 4, 128), 768, 151936, qk_norm=True, experts=128),
 }
 
 Launch = Callable[[TritonOps], object]
@@ -75,10 +81,36 @@ def tokens_of(count: int, requests: int, context: int, heads: HeadShape) -> Step
     )
 
 
+def expert_launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
+    """What a mixture of experts launches in place of an MLP."""
+    integers = lambda *shape: empty(*shape, dtype=torch.int32)  # noqa: E731
+    layers = {"gate up": (2 * shape.mlp, shape.hidden, USED), "down": (shape.hidden, shape.mlp, 0)}
+    for count in (1, 64, 2048):
+        pairs = count * USED
+        tile, most = experts.tiles_of(pairs, shape.experts)
+        yield f"route x{count}", lambda ops, n=count: experts.route(empty(n, shape.experts, dtype=torch.float32), USED, True)
+        for bits in (16, 8, 4):
+            for name, (n, k, used) in layers.items():
+                rows, tiles = count if used else pairs, ExpertTiles(integers(most, 3), integers(pairs), used, tile)
+                weights = [replace(part, experts=shape.experts) for part in weight(n * shape.experts, k, bits)]
+                yield (
+                    f"experts {name} {bits} bits x{count}",
+                    lambda ops, x=(rows, k), t=tiles, w=weights: experts.products(empty(*x), t, w, ops.results),
+                )
+    yield (
+        "combine",
+        lambda ops: experts.combine(empty(64 * USED, shape.hidden), integers(64 * USED), empty(64, USED, dtype=torch.float32)),
+    )
+
+
 def launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
     """Name and call of every launch of a step that differs in more than its grid: decoding one request, 64, and a prompt of 2048."""
     heads, width = shape.heads, (shape.heads.query_heads + 2 * shape.heads.kv_heads) * shape.heads.dim
-    layers = {"qkv": (width, shape.hidden), "gate up": (2 * shape.mlp, shape.hidden), "down": (shape.hidden, shape.mlp)}
+    layers = {"qkv": (width, shape.hidden)}
+    if shape.experts:
+        yield from expert_launches(shape)
+    else:
+        layers |= {"gate up": (2 * shape.mlp, shape.hidden), "down": (shape.hidden, shape.mlp)}
     for bits in (16, 8, 4):
         for name, (n, k) in layers.items():
             for count in (1, 64, 2048):
