@@ -52,11 +52,11 @@ def halves(packed, LOW: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr)
 
 
 @triton.jit
-def group_values(values, k, outputs, N, K, GROUP: tl.constexpr):
+def group_values(values, k, outputs, N, K, GROUP: tl.constexpr, SPREAD: tl.constexpr):
     """Scales or minimums of the group that holds input k, of these outputs: float32. GROUP 0: there is one group."""
     if GROUP == 0:
-        return tl.load(values + outputs).to(tl.float32)
-    return tl.load(values + (tl.minimum(k, K - 1) // GROUP) * N + outputs).to(tl.float32)
+        return tl.load(values + outputs // SPREAD).to(tl.float32)
+    return tl.load(values + (tl.minimum(k, K - 1) // GROUP) * (N // SPREAD) + outputs // SPREAD).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -78,6 +78,7 @@ def grouped_kernel(
     WHOLE: tl.constexpr,
     NIBBLES: tl.constexpr,
     GROUP: tl.constexpr,
+    SPREAD: tl.constexpr,
     LOW: tl.constexpr,
     MINIMUMS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -90,7 +91,8 @@ def grouped_kernel(
     PART: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share. `stride` is what lies between rows of W."""
-    outputs, tokens = tile_of(T, N, TOKENS, OUTPUTS)
+    output, token = tile_of(T, N, TOKENS, OUTPUTS)
+    outputs, tokens = output + tl.arange(0, OUTPUTS), token + tl.arange(0, TOKENS)
     # What is read twice at the edges is not stored.
     rows = tl.minimum(outputs, N - 1)
     w_rows = W + rows.to(tl.int64)[:, None] * stride
@@ -107,9 +109,9 @@ def grouped_kernel(
         for k in range(split * SPLIT, min(K, (split + 1) * SPLIT), STEP):
             for fold in tl.static_range(STEP // FOLD):
                 at = k + fold * FOLD
-                factor = group_values(scales, at, rows, N, K, GROUP)
+                factor = group_values(scales, at, rows, N, K, GROUP, SPREAD)
                 if MINIMUMS:
-                    minimum = group_values(minimums, at, rows, N, K, GROUP)
+                    minimum = group_values(minimums, at, rows, N, K, GROUP, SPREAD)
                     sum = tl.load(sums + (at // FOLD).to(tl.int64) * T + tokens, mask=(tokens < T) & (at < K), other=0.0)
                 block = tl.zeros([OUTPUTS, TOKENS], tl.float32)
                 for part in tl.static_range(FOLD // PART):
@@ -168,6 +170,7 @@ def multiply_grouped(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: i
         **product.options,
         NIBBLES=w.form == "nibbles",
         GROUP=w.group,
+        SPREAD=w.spread,
         LOW=w.low,
         MINIMUMS=w.minimums is not None,
         EVEN=w.inputs % STEP == 0,

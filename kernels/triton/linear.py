@@ -43,7 +43,8 @@ def linear_kernel(
     INPUTS: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share."""
-    outputs, tokens = tile_of(T, N, TOKENS, OUTPUTS)
+    output, token = tile_of(T, N, TOKENS, OUTPUTS)
+    outputs, tokens = output + tl.arange(0, OUTPUTS), token + tl.arange(0, TOKENS)
     # What is read twice at the edges is not stored.
     w_rows = W + tl.minimum(outputs, N - 1).to(tl.int64)[:, None] * K
     x_rows = X + tl.minimum(tokens, T - 1).to(tl.int64)[None, :] * K

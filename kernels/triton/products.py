@@ -86,14 +86,12 @@ class Product:
 
 @triton.jit
 def tile_of(T, N, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr):
-    """The outputs [OUTPUTS] and tokens [TOKENS] of this program."""
+    """The first output and the first token of this program."""
     program, tiles, across = tl.program_id(0), tl.cdiv(N, OUTPUTS), tl.cdiv(T, TOKENS)
     first = program // (_GROUPED * tiles) * _GROUPED
     grouped = tl.minimum(across - first, _GROUPED)
     inner = program - first * tiles
-    outputs = inner // grouped * OUTPUTS + tl.arange(0, OUTPUTS)
-    tokens = (first + inner % grouped) * TOKENS + tl.arange(0, TOKENS)
-    return outputs, tokens
+    return inner // grouped * OUTPUTS, (first + inner % grouped) * TOKENS
 
 
 @triton.jit

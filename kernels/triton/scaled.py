@@ -92,6 +92,7 @@ def scaled_kernel(
     WHOLE: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    SPREAD: tl.constexpr,
     STATIC: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -99,8 +100,10 @@ def scaled_kernel(
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """See `Product` for what all kernels of products share. X_GROUP and W_GROUP: inputs that share a scale, 0 for all of a row."""
-    outputs, tokens = tile_of(T, N, TOKENS, OUTPUTS)
+    """See `Product` for what all kernels of products share. X_GROUP and W_GROUP: inputs that share a scale, 0 for all of a row;
+    SPREAD: outputs that share one."""
+    output, token = tile_of(T, N, TOKENS, OUTPUTS)
+    outputs, tokens = output + tl.arange(0, OUTPUTS), token + tl.arange(0, TOKENS)
     # What is read twice at the edges is not stored.
     rows, columns_t = tl.minimum(outputs, N - 1), tl.minimum(tokens, T - 1)
     w_rows = W + rows.to(tl.int64)[:, None] * K
@@ -115,14 +118,17 @@ def scaled_kernel(
         last = first + 1
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     if W_GROUP == 0:
-        w_scale = tl.load(w_scales + rows)
+        w_scale = tl.load(w_scales + rows)[:, None]
     if X_GROUP == 0:
         x_scale = tl.zeros([TOKENS], tl.float32) + static if STATIC else tl.load(x_scales + columns_t)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32 if GROUPED else SUM)
         for k in range(split * SPLIT, min(K, (split + 1) * SPLIT), STEP):
             if W_GROUP != 0:
-                w_scale = tl.load(w_scales + (k // W_GROUP) * N + rows)
+                if SPREAD % OUTPUTS == 0:
+                    w_scale = tl.load(w_scales + (k // W_GROUP) * (N // SPREAD) + output // SPREAD)
+                else:
+                    w_scale = tl.load(w_scales + (k // W_GROUP) * (N // SPREAD) + rows // SPREAD)[:, None]
             if X_GROUP != 0:
                 x_scale = tl.load(x_scales + (k // X_GROUP).to(tl.int64) * T + columns_t)
             columns = k + tl.arange(0, STEP)
@@ -135,11 +141,11 @@ def scaled_kernel(
             else:
                 block = tl.dot(w, x, out_dtype=SUM).to(tl.float32)
                 # A plain sum would be made part of the product, and lose bits there.
-                acc = tl.fma(block, w_scale[:, None] * x_scale[None, :] if GROUPED else tl.full([1, 1], 1.0, tl.float32), acc)
+                acc = tl.fma(block, w_scale * x_scale[None, :] if GROUPED else tl.full([1, 1], 1.0, tl.float32), acc)
         if GROUPED:
             total += acc
         else:
-            total = tl.fma(acc.to(tl.float32), w_scale[:, None] * x_scale[None, :], total)
+            total = tl.fma(acc.to(tl.float32), w_scale * x_scale[None, :], total)
     store_product(Y, total, bias, outputs, tokens, first, T, N, width, WHOLE, BIAS)
 
 
@@ -190,6 +196,7 @@ def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: in
         **product.options,
         X_GROUP=w.rounding.group or 0,
         W_GROUP=w.group,
+        SPREAD=w.spread,
         STATIC=w.rounding.scale is not None,
         EVEN=w.inputs % STEP == 0,
         STEP=STEP,
