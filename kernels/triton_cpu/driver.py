@@ -28,7 +28,7 @@ _SLOTS = {
 _SLOTS |= {"f64": ctypes.c_double}
 
 
-_OUTSIDE, _RACE = 1, 2
+_OUTSIDE, _RACE, _ASSERTION, _PLACE = 1, 2, 3, 4
 _DID = ("reads", "writes", "updates atomically", "watches")
 
 
@@ -96,6 +96,8 @@ class CpuLauncher:
             what = f"{who} {_DID[found.how]} byte {found.offset} of {names[found.argument]}, at {where}"
             other = f"{program(found.other_program)} {_DID[found.other_how]} it in the same launch, at {self._lines[found.other_line]}"
             return MemoryError(f"{self._name}: programs race: {what}, and {other}; nothing orders the two")
+        if found.kind == _PLACE:
+            return IndexError(f"{self._name}: program {who} gathers element {found.offset} of {found.argument}, at {where}")
         which = f"{found.offset} bytes from the begin of {names[found.argument]}" if found.argument >= 0 else "an address of no tensor"
         return IndexError(f"{self._name}: program {who} accesses {which}, which is not within it, at {where}")
 
