@@ -25,6 +25,8 @@ class Kernel:
     """Name and type (a pointer's begins with "*") of each, in the order in which they are passed."""
     lines: list[str]
     """Places in the source, which checks point into."""
+    messages: list[str]
+    """Those of assertions."""
     source: str
 
 
@@ -39,6 +41,7 @@ class Program:
     uses: Counter[str] = field(default_factory=Counter)
     places: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     scratch: int = 0
     granule: int = 8
@@ -58,7 +61,7 @@ class Program:
         start = next(number for number, line in enumerate(self.body) if line.startswith("tt.func"))
         self._signature(self.body[start])
         self._block(start + 1, lambda names: None)
-        return Kernel(self.name, self.arguments, self.lines, self._source())
+        return Kernel(self.name, self.arguments, self.lines, self.messages, self._source())
 
     # Names, scratch, places
 
