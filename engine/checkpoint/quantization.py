@@ -1,9 +1,11 @@
 """What `quantization_config` in config.json says of how the weights of linear layers are stored: `read_quantization(path, settings)`.
 
     quant_method          layout    tensors beside each other, under the layer's name
-    fp8                   scaled    weight F8_E4M3, weight_scale_inv a block of 128 × 128 (or weight_scale, one in all), input_scale
+    fp8                   scaled    weight F8_E4M3, weight_scale_inv (a block of 128 × 128, or one in all; as others write it weight_scale),
+                                    activation_scale (or input_scale)
     compressed-tensors    scaled    weight F8_E4M3 or I8, weight_scale, weight_zero_point, input_scale
                           packed    weight_packed I32, weight_scale, weight_zero_point, weight_shape, weight_g_idx
+    bitsandbytes, 8 bits  scaled    weight I8, SCB: 127 times the scale of each output, weight_format
     gptq                  gptq      qweight I32 packed along inputs, qzeros, scales, g_idx
     awq                   awq       qweight I32 packed along outputs, qzeros, scales
 
@@ -23,7 +25,10 @@ import msgspec
 from headrace.engine.checkpoint.wording import in_line, shown
 from headrace.engine.errors import UserError
 
-SUPPORTED = "fp8, compressed-tensors (float-quantized, int-quantized, naive-quantized, pack-quantized), gptq and awq of 4 or 8 bits"
+SUPPORTED = (
+    "fp8, compressed-tensors (float-quantized, int-quantized, naive-quantized, pack-quantized), gptq of 4 and 8 bits, awq of 4, "
+    "bitsandbytes of 8"
+)
 WAY_OUT = "take an unquantized model or a GGUF file"
 BITS = (4, 8)
 
@@ -50,8 +55,10 @@ class Scheme:
     symmetric: bool = True
     """Whether codes have no zeros."""
     inputs: Inputs | None = None
-    scale: str = "weight_scale"
-    """The name of the tensor of scales."""
+    scales: tuple[str, ...] = ("weight_scale",)
+    """What the tensor of scales may be called."""
+    multiplied: int = 1
+    """What scales were multiplied with before they were stored."""
     zeros_less_one: bool = False
     """Whether zeros are stored less 1."""
 
@@ -118,6 +125,9 @@ class _Fault:
 _Schemes = tuple[tuple[tuple[str, ...], Scheme], ...]
 
 
+_FP8_SCALES = ("weight_scale_inv", "weight_scale")
+
+
 class _FP8(msgspec.Struct):
     activation_scheme: str = "dynamic"
     fmt: str = "e4m3"
@@ -136,11 +146,11 @@ def _fp8(config: dict[str, Any], fault: _Fault) -> _Schemes:
     static, block = found.activation_scheme == "static", found.weight_block_size
     if block is None:
         # One scale a token is finer than one for a whole batch, which would make a token depend on its neighbours.
-        return (((), Scheme("scaled", "float", 8, (None, None), inputs=Inputs(None, static))),)
+        return (((), Scheme("scaled", "float", 8, (None, None), inputs=Inputs(None, static), scales=_FP8_SCALES)),)
     if min(block) < 1:
         raise fault.refused("weight_block_size", list(block), "both sizes must be at least 1")
     inputs = Inputs(None if static else block[1], static)
-    return (((), Scheme("scaled", "float", 8, block, inputs=inputs, scale="weight_scale_inv")),)
+    return (((), Scheme("scaled", "float", 8, block, inputs=inputs, scales=_FP8_SCALES)),)
 
 
 class _Numbers(msgspec.Struct):
@@ -315,7 +325,18 @@ def _integers(layout: Literal["gptq", "awq"], found: _Integers, fault: _Fault, z
     if found.bits not in BITS:
         raise fault.refused("bits", found.bits, "4 and 8 are")
     group = None if found.group_size == -1 else _size("group_size", found.group_size, fault)
-    return Scheme(layout, "int", found.bits, (1, group), symmetric=False, scale="scales", zeros_less_one=zeros_less_one)
+    return Scheme(layout, "int", found.bits, (1, group), symmetric=False, scales=("scales",), zeros_less_one=zeros_less_one)
 
 
-_METHODS = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
+class _BitsAndBytes(msgspec.Struct):
+    load_in_8bit: bool = False
+
+
+def _bitsandbytes(config: dict[str, Any], fault: _Fault) -> _Schemes:
+    fault.refuse_if_set(config, "load_in_4bit")
+    if not msgspec.convert(config, _BitsAndBytes).load_in_8bit:
+        raise fault.refused("load_in_8bit", False, "load_in_8bit=true is")
+    return (((), Scheme("scaled", "int", 8, (1, None), scales=("SCB",), multiplied=127)),)
+
+
+_METHODS = {"bitsandbytes": _bitsandbytes, "fp8": _fp8, "compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}

@@ -18,7 +18,7 @@ from headrace.workers.quant.layer import Layer
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
 """How each is held: see `headrace.kernels.weights.Dense`."""
-INTEGERS = {"I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+INTEGERS = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
 TYPES = {**FLOATS, **INTEGERS, "F8_E4M3": np.dtype(np.uint8)}
 """The types that quantized layers are stored in."""
 LAYOUTS: Mapping[str, ModuleType] = {"scaled": scaled, "packed": packed, "gptq": gptq, "awq": awq}

@@ -33,6 +33,10 @@ class Layer:
     def __contains__(self, part: str) -> bool:
         return f"{self.name}.{part}" in self.tensors
 
+    def called(self, *names: str) -> str:
+        """Which of these names a part has here; the first if none."""
+        return next((name for name in names if name in self), names[0])
+
     def stored(self, part: str) -> StoredTensor:
         if (stored := self.tensors.get(f"{self.name}.{part}")) is None:
             raise UserError(f"{self.path} has no tensor {self.name + '.' + part!r}, which its format stores: get the checkpoint anew")
@@ -63,9 +67,10 @@ class Layer:
         kind = "e4m3" if scheme.kind == "float" else "int8"
         if scheme.inputs is None or not scheme.inputs.static:
             return None if scheme.inputs is None else InputRounding(kind, scheme.inputs.group)
-        scale = float(self.floats("input_scale", (1,))[0])
+        name = self.called("input_scale", "activation_scale")
+        scale = float(self.floats(name, (1,))[0])
         if not 0 < scale < np.inf:
-            raise self.fault("input_scale", f"holds {scale}: a scale is a number above 0")
+            raise self.fault(name, f"holds {scale}: a scale is a number above 0")
         return InputRounding(kind, scale=scale)
 
     def fault(self, part: str, what: str) -> UserError:

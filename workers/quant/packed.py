@@ -34,7 +34,7 @@ def read(layer: Layer, scheme: Scheme, rows: slice | None, columns: slice | None
     part = cut(layer, whole, group, rows, columns)
     groups = whole[1] // (group or whole[1])
     stored = (whole[0] if scheme.block[0] else 1, groups)
-    scales = np.broadcast_to(layer.floats(scheme.scale, stored), (whole[0], groups))[part.rows, part.groups]
+    scales = np.broadcast_to(layer.floats(layer.called(*scheme.scales), stored), (whole[0], groups))[part.rows, part.groups]
     words = layer.read(CODES, "I32", shape=layer.matrix(CODES))
     first, last = part.columns.start * bits // WORD, -(-part.columns.stop * bits // WORD)
     words, skipped = words[part.rows, first:last], part.columns.start - first * WORD // bits

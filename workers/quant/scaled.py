@@ -1,10 +1,11 @@
-"""Float8 and int8 weights stored as they are, beside their scales: the methods fp8 and compressed-tensors.
+"""Float8 and int8 weights stored as they are, beside their scales: the methods fp8, compressed-tensors, and bitsandbytes.
 
     weight        [N, K] F8_E4M3 │ I8       weight_zero_point  like the scales, I8, where integers have zeros
-    weight_scale  one, [N, 1], [N, K / group] or [N / block, K / block] floats; in DeepSeek's files weight_scale_inv
-    input_scale   one float, where the scale of inputs is static
+    weight_scale  one, [N, 1], [N, K / group] or [N / block, K / block] floats; also called weight_scale_inv
+    input_scale   one float, where the scale of inputs is static; also called activation_scale
 
-value = code * scale, or (code - zero) * scale, in float32, whatever the type of the scales. Codes stay in the mapped file.
+value = code * scale, or (code - zero) * scale, in float32, whatever the type of the scales. SCB of bitsandbytes is 127 times the scale.
+(LLM.int8() itself also keeps inputs above a threshold out of 8 bits, which is no matter of the weights.) Codes stay in the mapped file.
 """
 
 import numpy as np
@@ -29,7 +30,10 @@ def read(layer: Layer, scheme: Scheme, rows: slice | None, columns: slice | None
     codes = layer.read(CODES, "I8", shape=whole)[part.rows, part.columns]
     stored = (whole[0] if scheme.block[0] else 1, whole[1] // (group or whole[1]))
     spread = (whole[0], stored[1])
-    scales = np.broadcast_to(layer.floats(scheme.scale, stored), spread)[part.rows, part.groups]
+    if "weight_format" in layer and (order := layer.read("weight_format", "U8", shape=())) != 0:
+        raise layer.fault("weight_format", f"is {order}, an order of codes made for one kind of GPU, where 0 (rows) is expected")
+    scales = layer.floats(layer.called(*scheme.scales), stored) / np.float32(scheme.multiplied)
+    scales = np.broadcast_to(scales, spread)[part.rows, part.groups]
     zeros = None
     if not scheme.symmetric:
         zeros = np.broadcast_to(layer.read("weight_zero_point", "I8", shape=stored), spread)[part.rows, part.groups]
@@ -39,7 +43,7 @@ def read(layer: Layer, scheme: Scheme, rows: slice | None, columns: slice | None
 
 def _floats(layer: Layer, scheme: Scheme, whole: tuple[int, int], rows: slice | None, columns: slice | None) -> ScaledFloat:
     block = (scheme.block[0] or whole[0], scheme.block[1] or whole[1])
-    scales = layer.floats(scheme.scale, (-(-whole[0] // block[0]), -(-whole[1] // block[1])))
+    scales = layer.floats(layer.called(*scheme.scales), (-(-whole[0] // block[0]), -(-whole[1] // block[1])))
     codes = layer.read(CODES, "F8_E4M3", shape=whole)
     part = cut(layer, whole, block[1], rows, columns, ragged=True)
     if part.rows.start % block[0]:  # Through a block of outputs, which each can have a scale of its own.

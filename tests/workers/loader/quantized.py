@@ -41,16 +41,17 @@ def spread(scales: np.ndarray, block: tuple[int, int], shape: tuple[int, int]) -
     return scales[n // block[0], k // block[1]]
 
 
-def draw_scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(rng.uniform(0.5, 2.0, shape).astype(np.float32) / 64).to(dtype)
+def draw_scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype, bits: int = 2) -> torch.Tensor:
+    """Such that codes of so many bits become weights of an ordinary size."""
+    return torch.from_numpy(rng.uniform(0.5, 2.0, shape).astype(np.float32) / (4 << bits)).to(dtype)
 
 
-def scaled(block: tuple[int | None, int | None], name: str, dtype: torch.dtype, inputs: bool = False, bits: int = 0, zeros: bool = False):
+def scaled(block: tuple[int | None, int | None], name: str, dtype: torch.dtype, inputs: str = "", bits: int = 0, zeros: bool = False):
     """Codes of float8, or of int8 where `bits` says so."""
 
     def store(rng: np.random.Generator, n: int, k: int) -> Stored:
         size = (block[0] or n, block[1] or k)
-        scales = draw_scales(rng, (-(-n // size[0]), -(-k // size[1])), dtype)
+        scales = draw_scales(rng, (-(-n // size[0]), -(-k // size[1])), dtype, bits or 2)
         tensors = {name: scales.reshape(1) if scales.numel() == 1 else scales}
         if bits:
             codes = rng.integers(-(1 << bits - 1), 1 << bits - 1, (n, k)).astype(np.int8)
@@ -64,16 +65,22 @@ def scaled(block: tuple[int | None, int | None], name: str, dtype: torch.dtype, 
             tensors["weight_zero_point"] = torch.from_numpy(points)
             values = values - spread(points, size, (n, k))
         if inputs:
-            tensors["input_scale"] = torch.tensor([0.0625])
+            tensors[inputs] = torch.tensor(0.0625)
         return tensors, values * spread(scales.float().numpy(), size, (n, k))
 
     return store
 
 
+def bitsandbytes(rng: np.random.Generator, n: int, k: int) -> Stored:
+    codes, most = rng.integers(-127, 128, (n, k)).astype(np.int8), rng.uniform(0.1, 0.4, n).astype(np.float32)
+    tensors = {"weight": torch.from_numpy(codes), "SCB": torch.from_numpy(most), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return tensors, codes * (most / np.float32(127))[:, None]
+
+
 def pack_quantized(bits: int, group: int | None, zeros: bool, dtype: torch.dtype = torch.bfloat16):
     def store(rng: np.random.Generator, n: int, k: int) -> Stored:
         size, low = group or k, 1 << bits - 1
-        codes, scales = rng.integers(-low, low, (n, k)), draw_scales(rng, (n, k // size), dtype)
+        codes, scales = rng.integers(-low, low, (n, k)), draw_scales(rng, (n, k // size), dtype, bits)
         points = rng.integers(-low, low, (n, k // size)) if zeros else np.zeros((n, k // size), np.int64)
         tensors = {"weight_packed": packed(codes + low, bits), "weight_scale": scales, "weight_shape": torch.tensor([n, k])}
         if zeros:
@@ -87,7 +94,7 @@ def pack_quantized(bits: int, group: int | None, zeros: bool, dtype: torch.dtype
 def gptq(bits: int, group: int | None, sym: bool, less_one: bool = True, order: bool = True):
     def store(rng: np.random.Generator, n: int, k: int) -> Stored:
         size, middle = group or k, 1 << bits - 1
-        codes, scales = rng.integers(0, 2 * middle, (n, k)), draw_scales(rng, (n, k // size), torch.float16)
+        codes, scales = rng.integers(0, 2 * middle, (n, k)), draw_scales(rng, (n, k // size), torch.float16, bits)
         zeros = np.full((n, k // size), middle) if sym else rng.integers(0, 2 * middle, (n, k // size))
         tensors = {
             "qweight": packed(codes, bits).T.contiguous(),
@@ -106,7 +113,7 @@ def awq(group: int | None):
     def store(rng: np.random.Generator, n: int, k: int) -> Stored:
         size, order = group or k, [0, 2, 4, 6, 1, 3, 5, 7]
         codes, zeros = rng.integers(0, 16, (n, k)), rng.integers(0, 16, (n, k // size))
-        scales = draw_scales(rng, (n, k // size), torch.float16)
+        scales = draw_scales(rng, (n, k // size), torch.float16, 4)
         mixed = [8 * (place // 8) + order[place % 8] for place in range(n)]
         tensors = {"qweight": packed(codes[mixed].T, 4), "qzeros": packed(zeros[mixed].T, 4), "scales": scales.T.contiguous()}
         places = spread(zeros, (1, size), (n, k)), spread(scales.float().numpy(), (1, size), (n, k))
@@ -130,14 +137,20 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "
 
 FORMATS: Mapping[str, Format] = {
     "fp8-blocks": Format({**DEEPSEEK, "weight_block_size": [128, 128]}, scaled((128, 128), "weight_scale_inv", torch.bfloat16)),
-    "fp8-static": Format({**DEEPSEEK, "activation_scheme": "static"}, scaled((None, None), "weight_scale", torch.float32, inputs=True)),
+    "fp8-static": Format(
+        {**DEEPSEEK, "activation_scheme": "static"}, scaled((None, None), "weight_scale", torch.float32, inputs="input_scale")
+    ),
+    "fp8-tensor": Format(
+        {**DEEPSEEK, "activation_scheme": "static", "weight_block_size": None},
+        scaled((None, None), "weight_scale_inv", torch.bfloat16, inputs="activation_scale"),
+    ),
     "float-channel": Format(
         compressed("float-quantized", {**FLOAT, "strategy": "channel"}, {**FLOAT, **TOKEN}),
         scaled((1, None), "weight_scale", torch.bfloat16),
     ),
     "float-tensor": Format(
         compressed("float-quantized", {**FLOAT, "strategy": "tensor"}, {**FLOAT, "strategy": "tensor"}),
-        scaled((None, None), "weight_scale", torch.bfloat16, inputs=True),
+        scaled((None, None), "weight_scale", torch.bfloat16, inputs="input_scale"),
     ),
     "float-blocks": Format(
         compressed(
@@ -156,7 +169,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "int-static": Format(
         compressed("int-quantized", {**INT8, "strategy": "tensor"}, {**INT8, "strategy": "tensor"}),
-        scaled((None, None), "weight_scale", torch.float32, bits=8, inputs=True),
+        scaled((None, None), "weight_scale", torch.float32, bits=8, inputs="input_scale"),
     ),
     "int-zeros": Format(
         compressed("int-quantized", {**INT8, "symmetric": False, "strategy": "channel"}, {**INT8, **TOKEN}),
@@ -174,6 +187,7 @@ FORMATS: Mapping[str, Format] = {
     "gptq-v2": Format({**GPTQ, "checkpoint_format": "gptq_v2", "sym": False}, gptq(4, 32, sym=False, less_one=False, order=False)),
     "gptq-8": Format({**GPTQ, "bits": 8, "group_size": -1}, gptq(8, None, sym=True)),
     "gptq-8-asym": Format({**GPTQ, "bits": 8, "sym": False}, gptq(8, 32, sym=False)),
+    "bitsandbytes": Format({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, bitsandbytes),
     "awq": Format(AWQ, awq(32)),
     "awq-whole": Format({**AWQ, "group_size": -1}, awq(None)),
 }

@@ -195,6 +195,8 @@ def replaced(tensors: dict[str, torch.Tensor], part: str, value: torch.Tensor | 
         ("gptq-sym", "qweight", torch.ones(3, 64, dtype=torch.int32), "24 inputs, which are no whole groups of 32"),
         ("gptq-sym", "qweight", torch.ones(64, dtype=torch.int32), "has the shape [64] where a matrix is expected"),
         ("gptq-sym", "qweight", torch.ones(0, 64, dtype=torch.int32), "has the shape [0, 64] where a matrix is expected"),
+        ("bitsandbytes", "weight_format", torch.tensor(3, dtype=torch.uint8), "is 3, an order of codes made for one kind of GPU"),
+        ("bitsandbytes", "SCB", None, "q_proj.SCB'"),
         ("awq", "qzeros", torch.ones(1, 8, dtype=torch.int32), "[1, 8] where [2, 8] is expected"),
         ("awq", "qweight", torch.ones(64, 8, dtype=torch.int64), "has the type I64 where I32 is expected"),
     ],
@@ -238,7 +240,9 @@ def test_no_damage_is_worse_than_a_message(tmp_path: Path, name: str, data: st.D
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "method 'bitsandbytes': supported are fp8, compressed-tensors"),
+        ({"quant_method": "hqq"}, "method 'hqq': supported are fp8, compressed-tensors"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "load_in_4bit=True"),
+        ({"quant_method": "bitsandbytes"}, "load_in_8bit=False, which is not supported: load_in_8bit=true is"),
         ({"quant_method": ["gptq"]}, "method ['gptq']"),
         ("gptq", "method 'gptq'"),
         ({}, "method None"),
