@@ -229,7 +229,8 @@ def _checked_floats(weight: ScaledFloat) -> ScaledFloat | Dense:
     blocks = (-(-outputs // block[0]), -(-inputs // block[1]))
     if weight.scales.dtype != np.float32 or weight.scales.shape != blocks:
         raise ValueError(f"scales must be float32 {blocks}, they are {weight.scales.dtype} {tuple(weight.scales.shape)}")
-    group = math.gcd(min(block[1], inputs), inputs)
+    block = (min(block[0], outputs), min(block[1], inputs))
+    group = math.gcd(block[1], inputs)
     if group % 4 or np.any((weight.codes & 127) == 127):
         return Dense(weight.dequantize())  # No format has such groups, and no checkpoint that works holds NaN.
     scales = np.repeat(weight.scales, block[0], axis=0)[:outputs]

@@ -59,6 +59,7 @@ FORMS = {
     "float8 in blocks cut short": float8((16, 128)),
     "float8 by output": float8((1, INPUTS)),
     "float8 with one scale": float8((OUTPUTS, INPUTS)),
+    "float8 in one block that is larger": float8((1 << 40, 1 << 40)),
     "float8 in groups of 3": float8((1, 3)),
 }
 

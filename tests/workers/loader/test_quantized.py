@@ -14,7 +14,7 @@ from headrace.engine.config import Config
 from headrace.engine.errors import UserError
 from headrace.kernels.weights import Dense, GroupedInt, InputRounding, ScaledFloat
 from headrace.workers.loader import Checkpoint, open_checkpoint
-from tests.workers.loader.quantized import AWQ, DEEPSEEK, FLOAT, FORMATS, GPTQ, INT4, INT8, compressed, write_layers
+from tests.workers.loader.quantized import FLOAT, FORMATS, INT4, compressed, write_layers
 
 EMBEDDING = {"model.embed_tokens": {"weight": torch.ones(8, 64)}}
 Q = "model.layers.0.self_attn.q_proj"
@@ -235,52 +235,6 @@ def test_no_damage_is_worse_than_a_message(tmp_path: Path, name: str, data: st.D
         assert "\n" not in str(error)
     else:
         assert weight.dequantize().shape == weight.shape
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"quant_method": "hqq"}, "method 'hqq': supported are fp8, compressed-tensors"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "load_in_4bit=True"),
-        ({"quant_method": "bitsandbytes"}, "load_in_8bit=False, which is not supported: load_in_8bit=true is"),
-        ({"quant_method": ["gptq"]}, "method ['gptq']"),
-        ("gptq", "method 'gptq'"),
-        ({}, "method None"),
-        ({**GPTQ, "bits": 3}, "(gptq) has bits=3, which is not supported: 4 and 8 are"),
-        ({**GPTQ, "bits": "4"}, "quantization_config is damaged: Expected `int`, got `str` - at `$.bits`"),
-        ({**GPTQ, "group_size": 0}, "group_size=0"),
-        ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
-        ({**GPTQ, "dynamic": {"-:.*": {}}}, "dynamic={'-:.*': {}}"),
-        ({"quant_method": "gptq"}, "missing required field `bits`"),
-        ({**AWQ, "version": "gemv"}, "version='gemv', which is not supported: gemm is"),
-        ({**AWQ, "zero_point": False}, "zero_point=False"),
-        ({**AWQ, "bits": 8}, "bits=8"),
-        ({**DEEPSEEK, "scale_fmt": "ue8m0"}, "scale_fmt='ue8m0'"),
-        ({**DEEPSEEK, "fmt": "e5m2"}, "fmt='e5m2'"),
-        ({**DEEPSEEK, "activation_scheme": "none"}, "activation_scheme='none'"),
-        ({**DEEPSEEK, "weight_block_size": [0, 128]}, "weight_block_size=[0, 128]"),
-        (
-            compressed("nvfp4-pack-quantized", {**FLOAT, "num_bits": 4}),
-            "format='nvfp4-pack-quantized', which is not supported: float-quantized",
-        ),
-        (compressed("marlin-24", INT4), "format='marlin-24'"),
-        (compressed("pack-quantized", {**INT4, "num_bits": 3}), "'int of 3 bits', which is not supported: int of 8 bits and int of 4 bits"),
-        (compressed("float-quantized", {**FLOAT, "strategy": "tensor_group"}), "strategy='tensor_group'"),
-        (compressed("int-quantized", {**INT8, "strategy": "block", "block_structure": [4, 4]}), "strategy='block'"),
-        (compressed("float-quantized", {**FLOAT, "strategy": "group"}), "group_size=None"),
-        (compressed("float-quantized", FLOAT, {**INT8, "dynamic": True}), "'int of 8 bits', which is not supported: float of 8 bits"),
-        (compressed("int-quantized", INT8, {**INT8, "dynamic": True, "symmetric": False}), "input_activations.symmetric=False"),
-        (compressed("int-quantized", INT8, {**INT8, "dynamic": "local"}), "dynamic=local"),
-        ({**compressed("int-quantized", INT8), "transform_config": {"config_groups": {"u": {}}}}, "transform_config="),
-        ({**compressed("int-quantized", INT8), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config="),
-        ({**compressed("int-quantized", INT8), "config_groups": {}}, "config_groups={}"),
-        ({**compressed("int-quantized", INT8), "config_groups": {"g": {"targets": ["re:("], "weights": INT8}}}, "targets='re:('"),
-        ({**compressed("int-quantized", INT8), "config_groups": {"g": {"targets": ["Linear"]}}}, "config_groups.g.weights=None"),
-    ],
-)
-def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path, config: Any, message: str) -> None:
-    directory = write_layers(tmp_path / "m", config, EMBEDDING)
-    assert message in fault(lambda: resolve(Config(model=str(directory))))
 
 
 def test_codes_without_a_word_on_what_they_mean_are_refused(tmp_path: Path) -> None:
