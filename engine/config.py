@@ -46,7 +46,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Literal["auto", "int8", "bf16", "f32"],
         _about(
             "what weights are multiplied with: inputs rounded to 8 bits in groups of 32, to bfloat16 (and weights too), or as they are; "
-            "auto is int8 for weights that are integers, bf16 for those that are so on CPUs with AMX, and f32 for the rest"
+            "auto is int8 for weights that are integers, bf16 for those that are so or float8 on CPUs with AMX, and f32 for the rest; "
+            "reference kernels round for a quantized checkpoint as that asks"
         ),
     ] = "auto"
     max_context: Annotated[

@@ -113,8 +113,9 @@ class GroupedInt:
     bits: int
     """Bits a code needs: 4, 5, 6 or 8."""
     zeros: np.ndarray | None = None
-    """int8 [N, K // group], taken off the codes; None where the format has none. Where `scales` hold no more than 15 significant bits, as
-    those of float16 and bfloat16 do, -scale * zero is exact, and added to scale * code gives the same value."""
+    """int8 [N, K // group], taken off the codes; None where the format has none. Beside them, codes of 4 bits are unsigned, and so are the
+    zeros. Where `scales` hold no more than 15 significant bits, as those of float16 and bfloat16 do, -scale * zero is exact, and added to
+    scale * code gives the same value."""
     inputs: InputRounding | None = None
     """How the format wants inputs rounded: "int8" with one scale a token for W8A8, None where it is about weights alone."""
 

@@ -30,7 +30,7 @@ SMALL_FILES = [
 ]
 
 
-def download(name: str, revision: str | None, check: Callable[[Path], None]) -> Path:
+def download(name: str, revision: str | None, check: Callable[[Path], object]) -> Path:
     """The directory in the cache that holds the model, complete. `check` may refuse it (UserError) once its configuration is there.
 
     Raises UserError without a network, for a repository or revision that does not exist or asks for permission, and for one without

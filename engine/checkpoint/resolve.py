@@ -20,6 +20,8 @@ from headrace.engine.checkpoint import hf, hub
 from headrace.engine.checkpoint.card import FAMILIES, ModelFiles
 from headrace.engine.checkpoint.end_tokens import gguf_bos_token, gguf_end_tokens, hf_bos_token, hf_end_tokens
 from headrace.engine.checkpoint.gguf import GGUFFile
+from headrace.engine.checkpoint.quantization import Quantization, read_quantization
+from headrace.engine.checkpoint.wording import shown
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
 
@@ -35,7 +37,9 @@ HF_ARCHITECTURES = tuple(name for name in FAMILIES if not name.islower())
 GGUF_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """Tensor types that the workers can read from a GGUF file."""
 SAFETENSORS_TYPES = ("F32", "F16", "BF16")
-"""The same for safetensors."""
+"""The same for safetensors, where quantization_config names no other."""
+PACKED = (".qweight", ".weight_packed")
+"""Ends of the names of tensors that hold packed integers."""
 
 _ASSUMED_CONTEXT = {"Gemma3ForCausalLM": 131_072}
 """Published multimodal Gemma 3 configurations leave out what equals the architecture's default."""
@@ -114,11 +118,9 @@ def _from_gguf(path: Path, name: str | None, config: Config) -> ModelFiles:
 
 def _from_directory(directory: Path, name: str, config: Config) -> ModelFiles:
     settings = hf.read_config(directory)
-    _check_config(directory, settings)
+    quantization = _check_config(directory, settings)
     tensors = hf.read_tensors(directory)
-    wrong = sorted({tensor.dtype for name, tensor in tensors.items() if name.endswith("weight")} - set(SAFETENSORS_TYPES))
-    if wrong:
-        raise UserError(f"{directory} has weights of the unsupported type {', '.join(wrong)}: {', '.join(SAFETENSORS_TYPES)} can be read")
+    _check_types(directory, tensors, quantization)
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise UserError(f"{directory} has no token embedding (model.embed_tokens.weight): it does not hold a whole model")
@@ -137,14 +139,23 @@ def _from_directory(directory: Path, name: str, config: Config) -> ModelFiles:
     )
 
 
-def _check_config(directory: Path, settings: dict[str, Any]) -> None:
+def _check_types(directory: Path, tensors: Mapping[str, hf.StoredTensor], quantization: Quantization | None) -> None:
+    """Refuse weights that nothing here reads, and codes of which nobody says what they mean."""
+    if quantization is None and (name := next((name for name in tensors if name.endswith(PACKED)), None)):
+        raise UserError(
+            f"{directory} has the quantized tensor {shown(name)}, and its config.json no quantization_config that says how to read it: "
+            "get config.json anew"
+        )
+    known = {*SAFETENSORS_TYPES, *(quantization.codes if quantization else ())}
+    if wrong := sorted({tensor.dtype for name, tensor in tensors.items() if name.endswith(".weight")} - known):
+        raise UserError(f"{directory} has weights of the unsupported type {', '.join(wrong)}: {', '.join(sorted(known))} can be read")
+
+
+def _check_config(directory: Path, settings: dict[str, Any]) -> Quantization | None:
+    """What config.json says of quantization, if it names an architecture that can be built."""
     path = directory / "config.json"
     _check_architecture(path, hf.architecture(settings), HF_ARCHITECTURES)
-    if (quantization := settings.get("quantization_config")) is not None:
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise UserError(
-            f"{path} has quantization_config ({str(method)[:40]!r}), which is not supported yet: take an unquantized model or a GGUF file"
-        )
+    return read_quantization(path, settings)
 
 
 def _check_architecture(path: Path, architecture: object, supported: tuple[str, ...]) -> str:

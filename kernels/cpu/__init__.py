@@ -60,7 +60,7 @@ class CpuBackend:
 
     `isa` is one of INSTRUCTION_SETS; None is what HEADRACE_CPU_ISA names, or the best. ValueError when the machine lacks it, and for
     weights of the wrong type or shape. `activations` is what weights are multiplied with where they allow it: "f32", "int8", "bf16" or
-    "auto", which is bf16 for weights that are so where there are tiles for it, and int8 for others.
+    "auto", which is bf16 for weights that are so or float8 where there are tiles for it, and int8 for others.
     """
 
     name = "cpu"
@@ -102,7 +102,7 @@ class CpuBackend:
         """What this part is multiplied with."""
         wanted = self._activations
         if wanted == "auto":
-            wanted = "bf16" if part.is_bf16 and self.isa == "amx" else "int8"
+            wanted = "bf16" if part.fits_bf16 and self.isa == "amx" else "int8"
         return wanted if part.takes(wanted) else "f32"
 
     def _parts(self, name: str, make: Callable[[Allocate], list[tuple[Part, np.ndarray]]]) -> Sequence[tuple[Part, np.ndarray]]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 Scores = tuple[float, list[int], list[float]]
-Rows = tuple[int, int, int, int]
-"""Outputs, and the addresses of values, scales and minimums."""
+Rows = tuple[int, int, int, int, int]
+"""Outputs, and the addresses of values, scales, minimums and zeros."""
 
 ALIGN: int
 PANEL: int
@@ -98,7 +98,7 @@ class Engine:
     @property
     def threads(self) -> int: ...
     def choose(self, parts: Sequence[Rows], inputs: int, group: int, /) -> tuple[int, int, int]:
-        """Form, kind of scales, and offset of codes."""
+        """Form, kind of scales, and offset of integer codes."""
     def probe(self) -> tuple[float, float, float, float]:
         """The most of this machine: operations on floats, operations on int8, and bytes read from memory, a second."""
     def pack(self, parts: Sequence[Rows], weight: Linear, to: int, /) -> None: ...

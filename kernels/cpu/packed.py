@@ -1,16 +1,20 @@
 """Weights as the native kernels want them: packed once into panels of 16 outputs, codes beside their scales (`src/ops.h` has the layout).
 
     Dense f32 | bf16 | f16   ─▶  as stored
-    ScaledFloat, and
-    GroupedInt with zeros    ─▶  as float32
     GroupedInt               ─▶  codes of 4 bits two to a byte, others one; scales and minimums as binary16, as the two levels of
-                                 K-quants, or as float32: the first of these that is exact
+                                 K-quants, or as float32: the first of these that is exact. Zeros as bytes beside scales of binary16
+    ScaledFloat              ─▶  codes a byte each; a scale for each output and group of inputs as binary16, or else as float32
+
+Every weight is multiplied as what it dequantizes to, or, with int8 inputs, as its codes less their zeros, exactly. Inputs are rounded finer
+than formats ask, in groups of 32 to 8 bits or not at all, since float8 inputs would only cost time here.
 
 Weights that are stacked into one layer need not be alike: each run of those that are becomes one `Part`. The same packed weight serves
 `linear` and `embed`.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +22,19 @@ import numpy as np
 from headrace.kernels.cpu import _native
 from headrace.kernels.weights import Dense, GroupedInt, ScaledFloat, Weight
 
-FORMAT = 1
+FORMAT = 2
 """Rises with every change of what `pack` makes of the same weights, src/pack.cpp included."""
 
 Allocate = Callable[[int], np.ndarray]
 """So many bytes, as uint8 from a 64-byte boundary on."""
 
 _FORMS = {"float32": 0, "bfloat16": 1, "float16": 2}
-_BF16, _INT8, _INT6, _INT4 = 1, 3, 4, 5
-_NAMES = ("f32", "bf16", "f16", "int8", "int6", "int4")
+_BF16, _INT8, _INT6, _INT4, _E4M3 = 1, 3, 4, 5, 6
+_NAMES = ("f32", "bf16", "f16", "int8", "int6", "int4", "e4m3")
+_F32_SCALES, _F16_SCALES = 0, 1
 _QUANTUM = 32
+_LOW_BITS = 0x1FF
+"""Of a float32: all 0, it has 15 significant bits at most."""
 _ACTIVATIONS = {"f32": 0, "int8": 1, "bf16": 2}
 """What x can be made before it is multiplied, and the number of each in src/ops.h."""
 
@@ -65,8 +72,9 @@ class Part(NamedTuple):
         return self.experts * self.native(0, 0, "f32", None).size
 
     @property
-    def is_bf16(self) -> bool:
-        return self.form == _BF16
+    def fits_bf16(self) -> bool:
+        """Whether its numbers are exact in bfloat16, scales apart, and not in int8."""
+        return self.form in (_BF16, _E4M3)
 
     @property
     def name(self) -> str:
@@ -83,7 +91,7 @@ class Part(NamedTuple):
             return self.form == _BF16 or self.form >= _INT8
         if self.group == 16:
             return self.form == _INT6 and not self.minimums
-        return self.form in (_INT4, _INT6) or (self.form == _INT8 and not self.minimums)
+        return self.form in (_INT8, _INT6, _INT4)
 
 
 class Packed:
@@ -164,7 +172,9 @@ def pack_experts(
 def _form_of(weight: Weight) -> tuple:
     if isinstance(weight, Dense):
         return weight.dtype, weight.shape
-    return "integers", weight.shape, weight.group, weight.minimums is not None
+    if isinstance(weight, ScaledFloat):
+        return "e4m3", weight.shape, weight.block
+    return "integers", weight.shape, weight.group, weight.minimums is not None, weight.zeros is not None
 
 
 def in_memory(nbytes: int) -> np.ndarray:
@@ -180,8 +190,11 @@ def _part(engine: "_native.Engine", weights: Sequence[Weight]) -> Part:
     outputs, inputs = first.shape
     if isinstance(first, Dense):
         return Part(_FORMS[first.dtype], 0, False, 0, outputs, inputs, inputs)
+    if isinstance(first, ScaledFloat):
+        halves = all(_are_halves(weight.scales) for weight in weights)
+        return Part(_E4M3, _F16_SCALES if halves else _F32_SCALES, False, 0, outputs, inputs, first.block[1])
     form, scales, offset = engine.choose([_rows(weight) for weight in weights], inputs, first.group)
-    return Part(form, scales, first.minimums is not None, offset, outputs, inputs, first.group)
+    return Part(form, scales, first.minimums is not None or first.zeros is not None, offset, outputs, inputs, first.group)
 
 
 def _packed(engine: "_native.Engine", part: Part, weights: Sequence[Weight], allocate: Allocate) -> np.ndarray:
@@ -190,34 +203,79 @@ def _packed(engine: "_native.Engine", part: Part, weights: Sequence[Weight], all
     return panels
 
 
-def _rows(weight: Weight) -> tuple[int, int, int, int]:
-    """Outputs, and the addresses of values, scales and minimums."""
+def _rows(weight: Weight) -> "_native.Rows":
+    """Outputs, and the addresses of values, scales, minimums and zeros."""
     if isinstance(weight, Dense):
-        return weight.shape[0], weight.values.ctypes.data, 0, 0
-    minimums = 0 if weight.minimums is None else weight.minimums.ctypes.data
-    return weight.shape[0], weight.codes.ctypes.data, weight.scales.ctypes.data, minimums
+        return weight.shape[0], weight.values.ctypes.data, 0, 0, 0
+    beside = (None, None) if isinstance(weight, ScaledFloat) else (weight.minimums, weight.zeros)
+    minimums, zeros = (0 if values is None else values.ctypes.data for values in beside)
+    return weight.shape[0], weight.codes.ctypes.data, weight.scales.ctypes.data, minimums, zeros
 
 
 def _checked(weight: Weight) -> Weight:
     """The weight in contiguous memory, in a form that the native kernels have. ValueError unless it is whole."""
-    if isinstance(weight, ScaledFloat) or (isinstance(weight, GroupedInt) and weight.zeros is not None):
-        weight = Dense(weight.dequantize())
-    storage = weight.codes if isinstance(weight, GroupedInt) else weight.values
+    storage = weight.values if isinstance(weight, Dense) else weight.codes
     if storage.ndim != 2 or storage.size == 0:
         raise ValueError(f"a weight must be a matrix and hold something, it is {list(storage.shape)}")
     if isinstance(weight, Dense):
         _ = weight.dtype
         return Dense(np.ascontiguousarray(weight.values))
+    if isinstance(weight, ScaledFloat):
+        return _checked_floats(weight)
     outputs, inputs = weight.shape
     groups = (outputs, inputs // max(weight.group, 1))
     if weight.group < 1 or inputs % weight.group:
         raise ValueError(f"{inputs} inputs cannot be cut into groups of {weight.group}")
     if weight.codes.dtype != np.int8:
         raise ValueError(f"codes must be int8, they are {weight.codes.dtype}")
-    for name, values in (("scales", weight.scales), ("minimums", weight.minimums)):
-        if values is not None and (values.dtype != np.float32 or values.shape != groups):
-            raise ValueError(f"{name} must be float32 {groups}, they are {values.dtype} {tuple(values.shape)}")
+    for name, values, dtype in (("scales", weight.scales, "f4"), ("minimums", weight.minimums, "f4"), ("zeros", weight.zeros, "i1")):
+        if values is not None and (values.dtype != dtype or values.shape != groups):
+            raise ValueError(f"{name} must be {np.dtype(dtype)} {groups}, they are {values.dtype} {tuple(values.shape)}")
+    if weight.minimums is not None and weight.zeros is not None:
+        raise ValueError("a weight may have minimums or zeros, it has both")
     if weight.group % 4:
         return Dense(weight.dequantize())  # Blocks hold 4 inputs of an output side by side; no format has such groups.
-    minimums = None if weight.minimums is None else np.ascontiguousarray(weight.minimums)
-    return GroupedInt(np.ascontiguousarray(weight.codes), np.ascontiguousarray(weight.scales), minimums, weight.group, weight.bits)
+    known = _without_strange_zeros(weight)
+    if isinstance(known, Dense):
+        return known
+    minimums, zeros = (None if values is None else np.ascontiguousarray(values) for values in (known.minimums, known.zeros))
+    codes, scales = np.ascontiguousarray(known.codes), np.ascontiguousarray(known.scales)
+    return GroupedInt(codes, scales, minimums, known.group, known.bits, zeros)
+
+
+def _without_strange_zeros(weight: GroupedInt) -> GroupedInt | Dense:
+    """The same values with zeros only beside scales of binary16: else as minimums, or taken off the codes, or as floats."""
+    zeros, scales = weight.zeros, weight.scales
+    if zeros is None or _are_halves(scales):
+        return weight
+    if not np.any(np.ascontiguousarray(scales).view(np.int32) & _LOW_BITS):
+        return replace(weight, zeros=None, minimums=-(scales * zeros))
+    if weight.bits == 4:
+        each = np.repeat(zeros, weight.group, axis=1)
+        return replace(weight, zeros=None, bits=5, codes=(weight.codes - each).astype(np.int8))
+    return Dense(weight.dequantize())
+
+
+def _checked_floats(weight: ScaledFloat) -> ScaledFloat | Dense:
+    """The same with scales for each output, in whole groups of inputs."""
+    (outputs, inputs), block = weight.shape, weight.block
+    if min(block) < 1:
+        raise ValueError(f"blocks of {block} hold nothing")
+    if weight.codes.dtype != np.uint8:
+        raise ValueError(f"codes must be uint8, they are {weight.codes.dtype}")
+    blocks = (-(-outputs // block[0]), -(-inputs // block[1]))
+    if weight.scales.dtype != np.float32 or weight.scales.shape != blocks:
+        raise ValueError(f"scales must be float32 {blocks}, they are {weight.scales.dtype} {tuple(weight.scales.shape)}")
+    block = (min(block[0], outputs), min(block[1], inputs))
+    group = math.gcd(block[1], inputs)
+    if group % 4 or np.any((weight.codes & 127) == 127):
+        return Dense(weight.dequantize())  # No format has such groups, and no checkpoint that works holds NaN.
+    scales = np.repeat(weight.scales, block[0], axis=0)[:outputs]
+    scales = np.repeat(scales, -(-block[1] // group), axis=1)[:, : inputs // group]
+    return ScaledFloat(np.ascontiguousarray(weight.codes), np.ascontiguousarray(scales), (1, group))
+
+
+def _are_halves(values: np.ndarray) -> bool:
+    """Whether binary16 holds all of these float32, infinities aside."""
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values) and np.all(np.isfinite(values)))

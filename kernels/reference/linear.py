@@ -1,5 +1,6 @@
 """Linear layers: weights are dequantized to float32 once, products run in fixed tiles (see `tiles.py`)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -56,15 +57,20 @@ def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.de
 
 
 def rounding_for(weight: Weight, activations: str) -> Rounding:
-    """What inputs are rounded to for this weight: to 8 bits or bfloat16 where it is of integers in groups that fit those of the inputs, to
-    bfloat16 also where it is that itself."""
+    """What inputs are rounded to for this weight: to 8 bits where it is of integers in groups that fit those of the inputs, to bfloat16
+    also where it is of float8 in such groups, or bfloat16 itself."""
     if activations == "auto" and weight.inputs is not None:
         return weight.inputs
     if activations == "f32" or weight.shape[1] % GROUP:
         return None
-    if isinstance(weight, GroupedInt) and (weight.group == GROUP // 2 or weight.group % GROUP == 0):
-        return "bf16" if activations == "bf16" else EIGHT_BITS
-    return "bf16" if activations == "bf16" and isinstance(weight, Dense) and weight.dtype == "bfloat16" else None
+    if isinstance(weight, Dense):
+        return "bf16" if activations == "bf16" and weight.dtype == "bfloat16" else None
+    group = weight.group if isinstance(weight, GroupedInt) else math.gcd(weight.block[1], weight.shape[1])
+    if group != GROUP // 2 and group % GROUP:
+        return None
+    if activations == "bf16":
+        return "bf16"
+    return EIGHT_BITS if isinstance(weight, GroupedInt) else None
 
 
 def _part(weights: list[Weight], rounding: Rounding, device: torch.device) -> Part:

@@ -22,7 +22,7 @@ def rounded(x: torch.Tensor, how: InputRounding) -> torch.Tensor:
         scale = torch.tensor(how.scale, dtype=torch.float32, device=x.device)
         return _codes(x * (1.0 / scale), how.kind) * scale
     width = x.shape[1]
-    group = how.group or width
+    group = min(how.group or width, width)
     grouped = F.pad(x, (0, -width % group)).unflatten(1, (-1, group))
     highest = grouped.abs().amax(-1, keepdim=True)
     small, largest = highest < SMALLEST, LARGEST[how.kind]

@@ -25,6 +25,7 @@ def embed_kernel(
     scale,
     FORM: tl.constexpr,
     GROUP: tl.constexpr,
+    SPREAD: tl.constexpr,
     LOW: tl.constexpr,
     MINIMUMS: tl.constexpr,
     PART: tl.constexpr,
@@ -44,7 +45,7 @@ def embed_kernel(
             code = columns_of(W + row * width, columns, width, False)
             if W.dtype.element_ty == tl.uint8:
                 code = e4m3_value(code)
-        place = (columns // GROUP if GROUP else columns * 0).to(tl.int64) * rows + row
+        place = (columns // GROUP if GROUP else columns * 0).to(tl.int64) * (rows // SPREAD) + row // SPREAD
         value = code.to(tl.float32) * tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
         if MINIMUMS:
             value += tl.load(minimums + place, mask=inside, other=0.0).to(tl.float32)
@@ -67,6 +68,7 @@ def embed(ids: torch.Tensor, table: Sequence[DeviceWeight], scale: float) -> tor
             scale,
             FORM=w.form,
             GROUP=w.group,
+            SPREAD=w.spread,
             LOW=w.low,
             MINIMUMS=w.minimums is not None,
             PART=w.part,

@@ -52,11 +52,11 @@ def halves(packed, LOW: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr)
 
 
 @triton.jit
-def group_values(values, k, outputs, N, K, GROUP: tl.constexpr):
+def group_values(values, k, outputs, N, K, GROUP: tl.constexpr, SPREAD: tl.constexpr):
     """Scales or minimums of the group that holds input k, of these outputs: float32. GROUP 0: there is one group."""
     if GROUP == 0:
-        return tl.load(values + outputs).to(tl.float32)
-    return tl.load(values + (tl.minimum(k, K - 1) // GROUP) * N + outputs).to(tl.float32)
+        return tl.load(values + outputs // SPREAD).to(tl.float32)
+    return tl.load(values + (tl.minimum(k, K - 1) // GROUP) * (N // SPREAD) + outputs // SPREAD).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "y_rows", "across"])
@@ -83,6 +83,7 @@ def grouped_kernel(
     USED: tl.constexpr,
     NIBBLES: tl.constexpr,
     GROUP: tl.constexpr,
+    SPREAD: tl.constexpr,
     LOW: tl.constexpr,
     MINIMUMS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -95,15 +96,16 @@ def grouped_kernel(
     PART: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share. `stride` is what lies between rows of W."""
-    outputs, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    output, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    outputs = output + tl.arange(0, OUTPUTS)
     # What is read twice at the edges is not stored.
     rows = tl.minimum(outputs, N - 1)
     w_rows = W + (expert * N + rows)[:, None] * stride
     x_rows = X + sources.to(tl.int64)[None, :] * K
     groups = tl.cdiv(K, GROUP) if GROUP else 1
-    scales += expert * groups * N
+    scales += expert * groups * (N // SPREAD)
     if MINIMUMS:
-        minimums += expert * groups * N
+        minimums += expert * groups * (N // SPREAD)
     FOLD: tl.constexpr = min(GROUP, STEP) if GROUP else STEP
     if WHOLE:
         first, last = 0, SPLITS
@@ -118,9 +120,9 @@ def grouped_kernel(
         for k in range(split * SPLIT, min(K, (split + 1) * SPLIT), STEP):
             for fold in tl.static_range(STEP // FOLD):
                 at = k + fold * FOLD
-                factor = group_values(scales, at, rows, N, K, GROUP)
+                factor = group_values(scales, at, rows, N, K, GROUP, SPREAD)
                 if MINIMUMS:
-                    minimum = group_values(minimums, at, rows, N, K, GROUP)
+                    minimum = group_values(minimums, at, rows, N, K, GROUP, SPREAD)
                     sum = tl.load(sums + (at // FOLD).to(tl.int64) * T + sources, mask=(sources < T) & (at < K), other=0.0)
                 block = tl.zeros([OUTPUTS, TOKENS], tl.float32)
                 for part in tl.static_range(FOLD // PART):
@@ -179,6 +181,7 @@ def multiply_grouped(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: i
         **product.options,
         NIBBLES=w.form == "nibbles",
         GROUP=w.group,
+        SPREAD=w.spread,
         LOW=w.low,
         MINIMUMS=w.minimums is not None,
         EVEN=w.inputs % STEP == 0,

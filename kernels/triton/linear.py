@@ -48,7 +48,8 @@ def linear_kernel(
     INPUTS: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share."""
-    outputs, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    output, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    outputs = output + tl.arange(0, OUTPUTS)
     # What is read twice at the edges is not stored.
     w_rows = W + (expert * N + tl.minimum(outputs, N - 1))[:, None] * K
     x_rows = X + sources.to(tl.int64)[None, :] * K

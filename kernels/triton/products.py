@@ -118,7 +118,7 @@ class Product:
 
 @triton.jit
 def tile_of(table, order, across, T, N, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, USED: tl.constexpr):
-    """What this program makes: outputs [OUTPUTS], rows of Y [TOKENS], the rows of X that these are made of, the row of Y behind the last, 0
+    """What this program makes: its first output, rows of Y [TOKENS], the rows of X that these are made of, the row of Y behind the last, 0
     where there is none, and the expert. Without experts (USED < 0) all are T rows of X, and expert 0 has the weight."""
     program, tiles = tl.program_id(0), tl.cdiv(N, OUTPUTS)
     if USED < 0:
@@ -126,7 +126,6 @@ def tile_of(table, order, across, T, N, TOKENS: tl.constexpr, OUTPUTS: tl.conste
     first = program // (_GROUPED * tiles) * _GROUPED
     grouped = tl.minimum(across - first, _GROUPED)
     inner = program - first * tiles
-    outputs = inner // grouped * OUTPUTS + tl.arange(0, OUTPUTS)
     tile = first + inner % grouped
     # What is read twice at the edges is not stored.
     if USED < 0:
@@ -138,7 +137,7 @@ def tile_of(table, order, across, T, N, TOKENS: tl.constexpr, OUTPUTS: tl.conste
         sources = tl.minimum(tokens, tl.maximum(last - 1, 0))
         if USED > 0:
             sources = tl.load(order + sources) // USED
-    return outputs, tokens, sources, end, expert
+    return inner // grouped * OUTPUTS, tokens, sources, end, expert
 
 
 @triton.jit

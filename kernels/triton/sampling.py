@@ -137,12 +137,17 @@ class Draws:
         seeds = np.array([batch.seed[row] & (1 << 64) - 1 for row in rows], np.uint64).view(np.int64)
         positions = np.array([batch.position[row] for row in rows])
         on = [torch.from_numpy(x).to(device) for x in (temperature, top_k, top_p, least, seeds, positions)]
-        numbers = torch.empty(len(rows), dtype=torch.int64, device=device)
-        philox_kernel[(triton.cdiv(len(rows), 128),)](on[4], on[5], numbers, len(rows), BLOCK=128, num_warps=4)
-        return cls(*on[:4], numbers)
+        return cls(*on[:4], random_numbers(on[4], on[5]))
 
     def take(self, rows: torch.Tensor) -> "Draws":
         return Draws(*(getattr(self, name)[rows] for name in self.__slots__))
+
+
+def random_numbers(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Of 53 bits, for seeds and positions int64 [B]."""
+    numbers = torch.empty_like(seeds)
+    philox_kernel[(triton.cdiv(len(seeds), 128),)](seeds, positions, numbers, len(seeds), BLOCK=128, num_warps=4)
+    return numbers
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
@@ -218,7 +223,7 @@ def _places(
     return (at[0], at[1]), torch.tensor(values, dtype=torch.float64).to(dtype).to(device)
 
 
-def _order(logits: torch.Tensor, largest: torch.Tensor, temperature: torch.Tensor, keys: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+def order(logits: torch.Tensor, largest: torch.Tensor, temperature: torch.Tensor, keys: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Keys [B, V], if they are wanted, and the sum of all weights [B]."""
     rows, vocabulary = logits.shape
     blocks = triton.cdiv(vocabulary, _BLOCK)
@@ -232,7 +237,7 @@ def _order(logits: torch.Tensor, largest: torch.Tensor, temperature: torch.Tenso
 def _draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     """A token for each row of logits: int64 [B]."""
     vocabulary, largest = logits.shape[1], logits.amax(1)
-    keys, mass = _order(logits, largest, draws.temperature, True)
+    keys, mass = order(logits, largest, draws.temperature, True)
     assert keys is not None
     count = min(HEAD, vocabulary)
     head = torch.topk(keys, count, 1, largest=False, sorted=True).values & 0xFFFFFFFF
@@ -244,16 +249,22 @@ def _draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     return tokens
 
 
+def weigh(logits: torch.Tensor, largest: torch.Tensor, draws: Draws, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and exponents of the tokens `head` [B, count]."""
+    weights, exponents = torch.empty_like(head), torch.empty(head.shape, dtype=torch.float32, device=head.device)
+    (rows, count), vocabulary = head.shape, logits.shape[1]
+    head_kernel[(rows, triton.cdiv(count, HEAD))](
+        logits, largest, draws.temperature, head, weights, exponents, vocabulary, count, BLOCK=HEAD, num_warps=4, enable_fp_fusion=False
+    )
+    return weights, exponents
+
+
 def _walk(
     logits: torch.Tensor, largest: torch.Tensor, draws: Draws, head: torch.Tensor, mass: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The token that each row's number falls on, if the tokens that are in order (`head` [B, count]) are enough to tell, and whether."""
-    rows, count = head.shape
-    vocabulary = logits.shape[1]
-    weights, exponents = torch.empty_like(head), torch.empty(head.shape, dtype=torch.float32, device=head.device)
-    head_kernel[(rows, triton.cdiv(count, HEAD))](
-        logits, largest, draws.temperature, head, weights, exponents, vocabulary, count, BLOCK=HEAD, num_warps=4, enable_fp_fusion=False
-    )
+    count, vocabulary = head.shape[1], logits.shape[1]
+    weights, exponents = weigh(logits, largest, draws, head)
     place = torch.arange(count, device=head.device)[None, :]
     known = draws.top_k.clamp(max=count)[:, None]
     weights *= place < known
@@ -289,7 +300,7 @@ def _scores(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]) ->
     """Log-probabilities of `tokens`, and the most likely ones of each row, so many as `tops` says."""
     largest = logits.amax(1)
     count = min(max(tops), logits.shape[1])
-    keys, mass = _order(logits, largest, torch.ones_like(largest), count > 0)
+    keys, mass = order(logits, largest, torch.ones_like(largest), count > 0)
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     wanted = chosen if keys is None else torch.cat([chosen, torch.topk(keys, count, 1, largest=False, sorted=True).values & 0xFFFFFFFF], 1)
     values = logits.gather(1, wanted)

@@ -97,6 +97,7 @@ def scaled_kernel(
     USED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
+    SPREAD: tl.constexpr,
     STATIC: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -104,13 +105,15 @@ def scaled_kernel(
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """See `Product` for what all kernels of products share. X_GROUP and W_GROUP: inputs that share a scale, 0 for all of a row."""
-    outputs, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    """See `Product` for what all kernels of products share. X_GROUP and W_GROUP: inputs that share a scale, 0 for all of a row;
+    SPREAD: outputs that share one."""
+    output, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    outputs = output + tl.arange(0, OUTPUTS)
     # What is read twice at the edges is not stored.
     rows = tl.minimum(outputs, N - 1)
     w_rows = W + (expert * N + rows)[:, None] * K
     x_rows = X + sources.to(tl.int64)[None, :] * K
-    w_scales += expert * (tl.cdiv(K, W_GROUP) if W_GROUP else 1) * N
+    w_scales += expert * (tl.cdiv(K, W_GROUP) if W_GROUP else 1) * (N // SPREAD)
     GROUPED: tl.constexpr = X_GROUP != 0 or W_GROUP != 0
     WHOLE_NUMBERS: tl.constexpr = X.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if WHOLE_NUMBERS else tl.float32
@@ -123,14 +126,17 @@ def scaled_kernel(
         last = tl.where(end > 0, last, first)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     if W_GROUP == 0:
-        w_scale = tl.load(w_scales + rows)
+        w_scale = tl.load(w_scales + rows)[:, None]
     if X_GROUP == 0:
         x_scale = tl.zeros([TOKENS], tl.float32) + static if STATIC else tl.load(x_scales + sources)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32 if GROUPED else SUM)
         for k in range(split * SPLIT, min(K, (split + 1) * SPLIT), STEP):
             if W_GROUP != 0:
-                w_scale = tl.load(w_scales + (k // W_GROUP) * N + rows)
+                if SPREAD % OUTPUTS == 0:
+                    w_scale = tl.load(w_scales + (k // W_GROUP) * (N // SPREAD) + output // SPREAD)
+                else:
+                    w_scale = tl.load(w_scales + (k // W_GROUP) * (N // SPREAD) + rows // SPREAD)[:, None]
             if X_GROUP != 0:
                 x_scale = tl.load(x_scales + (k // X_GROUP).to(tl.int64) * T + sources)
             columns = k + tl.arange(0, STEP)
@@ -143,11 +149,11 @@ def scaled_kernel(
             else:
                 block = tl.dot(w, x, out_dtype=SUM).to(tl.float32)
                 # A plain sum would be made part of the product, and lose bits there.
-                acc = tl.fma(block, w_scale[:, None] * x_scale[None, :] if GROUPED else tl.full([1, 1], 1.0, tl.float32), acc)
+                acc = tl.fma(block, w_scale * x_scale[None, :] if GROUPED else tl.full([1, 1], 1.0, tl.float32), acc)
         if GROUPED:
             total += acc
         else:
-            total = tl.fma(acc.to(tl.float32), w_scale[:, None] * x_scale[None, :], total)
+            total = tl.fma(acc.to(tl.float32), w_scale * x_scale[None, :], total)
     store_product(Y, total, bias, outputs, tokens, end, first, y_rows, N, width, WHOLE, BIAS)
 
 
@@ -198,6 +204,7 @@ def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: in
         **product.options,
         X_GROUP=w.rounding.group or 0,
         W_GROUP=w.group,
+        SPREAD=w.spread,
         STATIC=w.rounding.scale is not None,
         EVEN=w.inputs % STEP == 0,
         STEP=STEP,

@@ -55,12 +55,13 @@ SOME: dict[Kind, Rows] = {
 MANY: dict[Kind, Rows] = {
     "floats": Rows(128, 128, 8, 4),
     "grouped": Rows(64, 128, 8, 4),
-    "e4m3": Rows(128, 128, 8, 4),
+    "e4m3": Rows(64, 128, 8, 4),
     "int8": Rows(128, 128, 8, 4),
 }
 MANY_UNSPLIT: dict[Kind, Rows] = MANY | {
     "floats": Rows(256, 128, 8, 3),
     "grouped": Rows(128, 128, 8, 4),
+    "e4m3": Rows(128, 128, 8, 4),
     "int8": Rows(256, 128, 8, 3),
 }
 """Without splits there is a sum less to hold, and room in registers for more tokens."""

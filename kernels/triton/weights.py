@@ -27,6 +27,9 @@ STEP = 128
 LEAST_PART = 16
 """Inputs that a tensor core multiplies at once."""
 
+SPREAD = 128
+"""Outputs that may share a scale: no tile has more."""
+
 Form = Literal["floats", "nibbles", "bytes", "e4m3"]
 
 
@@ -43,11 +46,13 @@ class DeviceWeight:
     bias: torch.Tensor | None = None
     """float32 [N]."""
     scales: torch.Tensor | None = None
-    """[groups, N], float16 where that is exact, else float32. None for floats."""
+    """[groups, N / spread], float16 where that is exact, else float32. None for floats."""
     minimums: torch.Tensor | None = None
     """Like the scales."""
     group: int = 0
     """Inputs that share a scale: a multiple of STEP, or a divisor of it from LEAST_PART on; 0 for all K."""
+    spread: int = 1
+    """Outputs that share a scale."""
     low: int = 0
     """What a nibble of 0 means."""
     rounding: InputRounding | None = None
@@ -107,8 +112,9 @@ def _regrouped(weight: Weight, rounds_inputs: bool) -> Weight:
         outputs, group = weight.block
         if group % STEP and group < weight.shape[1]:
             return Dense(weight.dequantize())
-        scales = np.repeat(weight.scales, outputs, 0)[: weight.shape[0]]
-        return ScaledFloat(weight.codes, scales, (1, group if scales.shape[1] > 1 else 0), inputs)
+        spread = SPREAD if outputs % SPREAD == 0 and weight.shape[0] % SPREAD == 0 and weight.scales.shape[1] > 1 else 1
+        scales = np.repeat(weight.scales, outputs // spread, 0)[: weight.shape[0] // spread]
+        return ScaledFloat(weight.codes, scales, (spread, group if scales.shape[1] > 1 else 0), inputs)
     scales, minimums, group = weight.scales, weight.minimums, weight.group
     if weight.zeros is not None:
         minimums = -scales * weight.zeros
@@ -131,7 +137,7 @@ def _form(weight: Weight) -> tuple:
     if isinstance(weight, Dense):
         return "floats", weight.dtype
     if isinstance(weight, ScaledFloat):
-        return "e4m3", weight.block[1], weight.inputs
+        return "e4m3", weight.block, weight.inputs
     nibbles = weight.bits == 4 and weight.shape[1] % (2 * part_of("nibbles", weight.group)) == 0 and weight.inputs is None
     low = -8 if nibbles and weight.minimums is None else 0
     return "nibbles" if nibbles else "bytes", weight.group, weight.minimums is None, weight.inputs, low
@@ -147,7 +153,8 @@ def _stacked(form: tuple, weights: list[Weight], bias: torch.Tensor | None, devi
         codes = torch.from_numpy(np.concatenate([weight.codes for weight in scaled])).to(device)
         values = codes.view(torch.float8_e4m3fn) if knows_float8(device) else codes
         scales = _by_group([weight.scales for weight in scaled], device).float()
-        return DeviceWeight("e4m3", values, inputs, bias, scales, None, form[1], 0, form[2])
+        spread, group = form[1]
+        return DeviceWeight("e4m3", values, inputs, bias, scales, None, group, spread, 0, form[2])
     integers = [weight for weight in weights if isinstance(weight, GroupedInt)]
     _, group, _, rounding, low = form
     codes = np.concatenate([weight.codes for weight in integers])
@@ -163,6 +170,7 @@ def _stacked(form: tuple, weights: list[Weight], bias: torch.Tensor | None, devi
         _by_group([weight.scales for weight in integers], device),
         _by_group(minimums, device) if minimums else None,
         group,
+        1,
         low,
         rounding,
     )

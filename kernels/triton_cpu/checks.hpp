@@ -12,11 +12,11 @@
 #include <cstdlib>
 #include <utility>
 
-enum class Kind : int32_t { NOTHING, OUTSIDE, RACE, ASSERTION };
+enum class Kind : int32_t { NOTHING, OUTSIDE, RACE, ASSERTION, PLACE };
 // A volatile load watches: it may stand beside atomics.
 enum class How : int32_t { LOAD, STORE, ATOMIC, WATCH };
 
-// The first thing that a launch found. `argument` is a tensor's number, or that of an assertion's message.
+// The first thing that a launch found. `argument` is a tensor's number, that of an assertion's message, or how many places there are.
 struct Found {
     Kind kind;
     int32_t line, argument, program;
@@ -193,25 +193,32 @@ private:
 
     void tell(Kind kind, int line, int argument, int64_t offset, How how, const Access& other) {
         if (!found->take()) return;
-        found->line = line;
-        found->argument = argument;
-        found->program = program;
-        found->offset = offset;
         found->how = how;
         found->other_how = static_cast<How>(other.how);
         found->other_line = other.line;
         found->other_program = static_cast<int32_t>(other.program) - 1;
-        found->kind = kind;
+        report(kind, line, argument, offset);
     }
 
 public:
 #endif
 
+    // A place on an axis of `size`: where a tile has no such place, its first one, and the launch fails.
+    int64_t place(int64_t at, int size, int line) {
+        if (at >= 0 && at < size) return at;
+        if (found->take()) report(Kind::PLACE, line, size, at);
+        return 0;
+    }
     void fail(int line, int message) {
-        if (!found->take()) return;
+        if (found->take()) report(Kind::ASSERTION, line, message, 0);
+    }
+
+private:
+    void report(Kind kind, int line, int argument, int64_t offset) {
         found->line = line;
-        found->argument = message;
+        found->argument = argument;
         found->program = program;
-        found->kind = Kind::ASSERTION;
+        found->offset = offset;
+        found->kind = kind;
     }
 };

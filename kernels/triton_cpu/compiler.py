@@ -66,7 +66,10 @@ class CpuBackend(BaseBackend):
 
     def parse_options(self, options: dict) -> CpuOptions:
         known = CpuOptions.__dataclass_fields__
-        return CpuOptions(**{name: value for name, value in options.items() if name in known and name != "checked"}, checked=checked())
+        chosen = {name: value for name, value in options.items() if name in known and name != "checked"}
+        if checked():  # assertions are checks too
+            chosen["debug"] = True
+        return CpuOptions(**chosen, checked=checked())
 
     def add_stages(self, stages: dict, options: CpuOptions, language: Any = None) -> None:
         stages["ttir"] = _simplified
@@ -96,6 +99,9 @@ class CpuBackend(BaseBackend):
 def _simplified(module: Any, metadata: dict) -> Any:
     manager = ir.pass_manager(module.context)
     passes.common.add_inliner(manager)
+    # Block pointers and tensor descriptors become pointers and masks, descriptors that are passed become their numbers.
+    passes.ttir.add_rewrite_tensor_pointer(manager)
+    passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
     passes.ttir.add_combine(manager)
     passes.common.add_canonicalizer(manager)
     passes.common.add_cse(manager)
@@ -106,7 +112,7 @@ def _simplified(module: Any, metadata: dict) -> Any:
 
 def _cpp(text: str, metadata: dict) -> str:
     kernel = lower(text)
-    metadata |= {"shared": 0, "name": kernel.name, "arguments": kernel.arguments, "lines": kernel.lines}
+    metadata |= {"shared": 0, "name": kernel.name, "arguments": kernel.arguments, "lines": kernel.lines, "messages": kernel.messages}
     return kernel.source
 
 

@@ -7,7 +7,7 @@ import ctypes
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _SLOTS = {
 _SLOTS |= {"f64": ctypes.c_double}
 
 
-_OUTSIDE, _RACE = 1, 2
+_OUTSIDE, _RACE, _ASSERTION, _PLACE = 1, 2, 3, 4
 _DID = ("reads", "writes", "updates atomically", "watches")
 
 
@@ -57,9 +57,9 @@ class CpuLauncher:
     """Runs one compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        names = source.fn.arg_names
-        self._name, self._lines = metadata.name, metadata.lines
-        self._arguments = [(names.index(name), name, kind) for name, kind in metadata.arguments]
+        self._name, self._lines, self._messages = metadata.name, metadata.lines, metadata.messages
+        self._passed = [source.signature[name] for name in source.fn.arg_names]
+        self._arguments = [tuple(one) for one in metadata.arguments]
         self._checked = metadata.checked
 
     def __call__(
@@ -67,8 +67,7 @@ class CpuLauncher:
     ) -> None:
         slots = (ctypes.c_int64 * max(1, len(self._arguments)))()
         tensors: list[tuple[str, torch.Tensor | None]] = []
-        for slot, (index, name, kind) in enumerate(self._arguments):
-            value = arguments[index]
+        for slot, ((name, kind), value) in enumerate(zip(self._arguments, _flat(self._passed, arguments), strict=True)):
             if not kind.startswith("*"):
                 _SLOTS[kind].from_buffer(slots, 8 * slot).value = value
             elif hasattr(value, "data_ptr"):
@@ -96,8 +95,25 @@ class CpuLauncher:
             what = f"{who} {_DID[found.how]} byte {found.offset} of {names[found.argument]}, at {where}"
             other = f"{program(found.other_program)} {_DID[found.other_how]} it in the same launch, at {self._lines[found.other_line]}"
             return MemoryError(f"{self._name}: programs race: {what}, and {other}; nothing orders the two")
+        if found.kind == _ASSERTION:
+            return AssertionError(f"{self._name}: program {who}: {self._messages[found.argument]}, at {where}")
+        if found.kind == _PLACE:
+            return IndexError(f"{self._name}: program {who} gathers element {found.offset} of {found.argument}, at {where}")
         which = f"{found.offset} bytes from the begin of {names[found.argument]}" if found.argument >= 0 else "an address of no tensor"
         return IndexError(f"{self._name}: program {who} accesses {which}, which is not within it, at {where}")
+
+
+def _flat(kinds: Iterable[Any], values: Iterable[Any]) -> Iterator[Any]:
+    """What a kernel takes of what it is passed: constants are compiled into it, tuples and descriptors are taken apart."""
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(kind, value)
+        elif kind.startswith("tensordesc"):
+            yield value.base
+            yield from (*value.shape, *value.strides, value.padding == "nan", value.round_f32_to_tf32)
+            yield from (*value.shape, *value.strides)
+        elif kind != "constexpr":
+            yield value
 
 
 def _extents(tensors: list[torch.Tensor | None]) -> ctypes.Array:

@@ -1,10 +1,9 @@
 """Operations that compute every element by itself: arithmetic, comparisons, choices, conversions, constants."""
 
 import re
-import struct
 
 from headrace.kernels.triton_cpu.program import Program, lowers
-from headrace.kernels.triton_cpu.tile_ir import ROUNDED, Index, Operation, Type, Unsupported, Value, parts
+from headrace.kernels.triton_cpu.tile_ir import BYTES, ROUNDED, STORED, Index, Operation, Type, Unsupported, Value, parts
 
 
 def unsigned(type: Type, expression: str) -> str:
@@ -16,6 +15,7 @@ INFIX = {
     "arith.subf": "-",
     "arith.mulf": "*",
     "arith.divf": "/",
+    "arith.remf": "%",
     "arith.addi": "+",
     "arith.subi": "-",
     "arith.muli": "*",
@@ -32,6 +32,7 @@ INFIX = {
     "tt.precise_divf": "/",
 }
 """Operations of two operands of one type."""
+SHIFTS = {"<<": "shifted_left", ">>": "shifted_right"}
 OF_UNSIGNED = {"arith.shrui", "arith.divui", "arith.remui"}
 COSTLY = {"arith.divsi", "arith.remsi", "arith.divui", "arith.remui"}
 
@@ -46,12 +47,14 @@ def _infix(to: Program, op: Operation, number: int) -> None:
         if op.name in OF_UNSIGNED:
             a, b = unsigned(type, a), unsigned(type, b)
         if type.is_float:
-            return type.rounded(f"({a} {sign} {b})")
+            return type.rounded(f"std::fmod({a}, {b})" if sign == "%" else f"({a} {sign} {b})")
         if op.name in COSTLY:
             # A masked element may divide by zero, which a GPU survives.
             return f"static_cast<{type.c}>({'quotient' if sign == '/' else 'remainder'}({a}, {b}))"
         if type.element == "i1" and sign in "+-":
             return f"({a} != {b})"
+        if sign in SHIFTS:
+            return f"static_cast<{type.c}>({SHIFTS[sign]}({a}, {b}))"
         return f"static_cast<{type.c}>({a} {sign} {b})"
 
     value = Value(type, at, left.cheap and right.cheap and not type.is_float)
@@ -157,22 +160,26 @@ CALLS = {
 def _called(to: Program, op: Operation, number: int) -> None:
     (x,) = op.operands(to.value)
     type, call = op.type, CALLS[op.name]
-    to.define(op.results[0], Value(type, lambda index: type.rounded(f"({call}({x.at(index)}))"), False))
+    to.define(op.results[0], Value(type, lambda index: type.rounded(f"static_cast<{type.c}>({call}({x.at(index)}))"), False))
 
 
 @lowers("math.fma")
 def _fma(to: Program, op: Operation, number: int) -> None:
     a, b, c = op.operands(to.value)
     type = op.type
-    call = "__builtin_fma" if type.element == "f64" else "__builtin_fmaf"
-    to.define(op.results[0], Value(type, lambda i: type.rounded(f"{call}({a.at(i)}, {b.at(i)}, {c.at(i)})"), False))
+    # Of narrow floats the sum is rounded once: double holds their products and, for all that matters, the sum.
+    narrow = type.element in ROUNDED
+    call = "__builtin_fmaf" if type.element == "f32" else "__builtin_fma"
+    form = "odd_float({})" if narrow else "{}"
+    to.define(op.results[0], Value(type, lambda i: type.rounded(form.format(f"{call}({a.at(i)}, {b.at(i)}, {c.at(i)})")), False))
 
 
 @lowers("tt.clampf")
 def _clamp(to: Program, op: Operation, number: int) -> None:
-    x, low, high = op.operands(to.value)
-    x = to.hold(x)
-    to.define(op.results[0], Value(op.type, lambda i: f"std::fmin(std::fmax({x.at(i)}, {low.at(i)}), {high.at(i)})", False))
+    head = Operation([], "", op.text.split(", propagateNan")[0], 0)
+    x, low, high = head.operands(to.value)
+    call = "clamped_or_nan" if "propagateNan = all" in op.text else "clamped"
+    to.define(op.results[0], Value(op.type, lambda i: f"{call}<{op.type.c}>({x.at(i)}, {low.at(i)}, {high.at(i)})", False))
 
 
 @lowers("tt.mulhiui")
@@ -202,6 +209,13 @@ def _converted(to: Program, op: Operation, number: int) -> None:
 
     def at(index: Index) -> str:
         expression = x.at(index)
+        if op.name in ("arith.fptosi", "arith.fptoui"):
+            number = type.c if op.name == "arith.fptosi" or type.element == "i1" else f"u{type.c}"
+            return f"static_cast<{type.c}>(truncated<{number}>({expression}))"
+        if op.name == "arith.trunci" and type.element == "i1":
+            return f"(({expression} & 1) != 0)"
+        if x.type.element == "f64" and type.element in ROUNDED:
+            expression = f"odd_float({expression})"
         if op.name in ("arith.extui", "arith.uitofp"):
             expression = unsigned(x.type, expression)
         elif op.name in ("arith.extsi", "arith.sitofp") and x.type.element == "i1":
@@ -215,12 +229,27 @@ def _converted(to: Program, op: Operation, number: int) -> None:
 def _bitcast(to: Program, op: Operation, number: int) -> None:
     (x,) = op.operands(to.value)
     type = op.result
-    if type.pointer or x.type.element in ROUNDED or type.element in ROUNDED:
-        if not type.pointer:
-            raise Unsupported(f"{to.name}: a bitcast of {x.type.element} to {type.element} has no lowering on the CPU")
+    if type.pointer:
         to.define(op.results[0], Value(type, lambda index: f"reinterpret_cast<{type.c}>({x.at(index)})", x.cheap, None, x.base))
         return
-    to.define(op.results[0], Value(type, lambda index: f"__builtin_bit_cast({type.c}, {x.at(index)})", x.cheap))
+
+    def at(index: Index) -> str:
+        expression = x.at(index)
+        if x.type.element == type.element:
+            return expression
+        if x.type.element in ROUNDED:
+            expression = f"pattern_{STORED[x.type.element]}({expression})"
+        if type.element in ROUNDED:
+            word = "uint8_t" if BYTES[type.element] == 1 else "uint16_t"
+            return f"from_{STORED[type.element]}(static_cast<{word}>({expression}))"
+        return f"static_cast<{type.c}>({expression})" if x.type.element in ROUNDED else f"__builtin_bit_cast({type.c}, {expression})"
+
+    to.define(op.results[0], Value(type, at, x.cheap and not {x.type.element, type.element} & set(ROUNDED)))
+
+
+@lowers("ub.poison")
+def _poison(to: Program, op: Operation, number: int) -> None:
+    to.scopes[-1][op.results[0]] = Value(op.type, lambda index: f"{op.type.c}{{}}")
 
 
 @lowers("arith.constant")
@@ -228,6 +257,8 @@ def _constant(to: Program, op: Operation, number: int) -> None:
     match = re.fullmatch(r"(?:\{.*?\} )?(?:dense<(.*?)>|(\S+))(?: : (.*))?", op.text)
     assert match, op.text
     text, type = match[1] or match[2], Type.parse(match[3] or "i1")
+    if text.startswith(("[", '"')):
+        raise Unsupported(f"{to.name}: a constant tile of several values has no lowering on the CPU ({to.lines[op.line]})")
     if text in ("true", "false"):
         literal = text
     elif type.is_float:
@@ -238,13 +269,9 @@ def _constant(to: Program, op: Operation, number: int) -> None:
 
 
 def _float(text: str, type: Type) -> str:
+    """Infinities and NaNs are written as their bits; what is written in decimals is the nearest number of the type."""
     if not text.startswith("0x"):
-        return f"{text}f" if type.c == "float" else text
-    bits = int(text, 16)
-    if type.element == "bf16":
-        bits <<= 16
-    elif type.element == "f16":
-        (bits,) = struct.unpack("<I", struct.pack("<f", struct.unpack("<e", struct.pack("<H", bits))[0]))
-    elif type.element != "f32":
-        raise Unsupported(f"a constant {text} of {type.element} has no lowering on the CPU")
-    return f"float_of({bits:#x}u)"
+        return type.rounded(f"{text}f") if type.c == "float" else text
+    if type.element in ROUNDED:
+        return f"from_{STORED[type.element]}({text})"
+    return f"float_of({text}u)" if type.element == "f32" else f"__builtin_bit_cast(double, {text}ull)"

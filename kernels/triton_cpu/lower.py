@@ -3,13 +3,13 @@
     %s = arith.mulf %a, %b : tensor<64x64xf32>     for i0, for i1: s[i0 * 64 + i1] = a[…] * b[…]
 
 `tile_ir.py` reads the IR, `program.py` holds a program while it is made, and the operations stand in `elementwise.py`, `shapes.py`,
-`memory.py`, `folds.py`, `products.py` and `control.py`. What has no lowering is refused by name.
+`memory.py`, `folds.py`, `products.py`, `reports.py` and `control.py`. What has no lowering is refused by name.
 """
 
-from headrace.kernels.triton_cpu import control, elementwise, folds, memory, products, shapes
+from headrace.kernels.triton_cpu import control, elementwise, folds, memory, products, reports, shapes
 from headrace.kernels.triton_cpu.program import Kernel, Program
 
-assert all((control, elementwise, folds, memory, products, shapes)), "they put their operations into the table"
+assert all((control, elementwise, folds, memory, products, reports, shapes)), "they put their operations into the table"
 
 
 def lower(text: str) -> Kernel:

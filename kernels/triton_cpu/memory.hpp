@@ -36,7 +36,7 @@ template <int ORDER, bool AMONG_PROGRAMS, class T, class F> INLINE auto update(C
     if (!allowed) return decltype(get(p)){};
     Word<T>* const word = reinterpret_cast<Word<T>*>(p);
     Word<T> before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
-    do put(reinterpret_cast<T*>(&after), next(get(reinterpret_cast<T*>(&before))));
+    do put(reinterpret_cast<T*>(&after), rounded<T>(next(get(reinterpret_cast<T*>(&before)))));
     while (!__atomic_compare_exchange_n(word, &before, after, true, ORDER, __ATOMIC_RELAXED));
     return get(reinterpret_cast<T*>(&before));
 }

@@ -1,28 +1,31 @@
-"""Products of tiles."""
+"""Products of tiles, and of batches of them: every sum is a chain over K in order."""
+
+import math
 
 from headrace.kernels.triton_cpu.program import Program, lowers
-from headrace.kernels.triton_cpu.tile_ir import ROUNDED, Operation, Unsupported
+from headrace.kernels.triton_cpu.tile_ir import ROUNDED, Operation, Value
 
 
 @lowers("tt.dot")
 def _dot(to: Program, op: Operation, number: int) -> None:
     a, b, c = op.operands(to.value)
-    a, b = to.hold(a), to.hold(b)
-    if len(a.type.shape) != 2:
-        raise Unsupported(f"{to.name}: a product of {len(a.type.shape)} dimensions has no lowering on the CPU ({to.lines[op.line]})")
-    (m, k), n = a.type.shape, b.type.shape[1]
-    # A transposed operand is a view: the product reads rows.
-    arrays = []
-    for one in (a, b):
-        plain = one if one.array is not None else None
-        if plain is None or one.at(["1", "1"]) != to.held(one.type, plain.array or "").at(["1", "1"]):
-            copy = to.held(one.type, to.array(one.type))
-            to.each(one.type, lambda index, copy=copy, one=one: f"{copy.at(index)} = {one.at(index)};")
-            plain = copy
-        arrays.append(plain.array)
+    *batch, m, k = a.type.shape
+    n = b.type.shape[-1]
+    left, right = _rows(to, a), _rows(to, b)
     held = to.held(op.result, to.array(op.result))
     to.each(op.result, lambda index: f"{held.at(index)} = {c.at(index)};")
-    to.emit(f"add_product<{m}, {n}, {k}>({arrays[0]}, {arrays[1]}, {held.array});")
+    to.emit(f"for (int i = 0; i < {math.prod(batch)}; i++)")
+    to.emit(f"add_product<{m}, {n}, {k}>({left} + i * {m * k}, {right} + i * {k * n}, {held.array} + i * {m * n});")
     if op.result.element in ROUNDED:
         to.each(op.result, lambda index: f"{held.at(index)} = {op.result.rounded(held.at(index))};")
     to.scopes[-1][op.results[0]] = held
+
+
+def _rows(to: Program, value: Value) -> str:
+    """The array of a tile, row by row; what is transposed is a view, and copied."""
+    plain = to.hold(value)
+    assert plain.array is not None
+    corner = ["1"] * len(plain.type.shape)
+    if plain.at(corner) != to.held(plain.type, plain.array).at(corner):
+        plain = to.hold(Value(plain.type, plain.at))
+    return plain.array or ""

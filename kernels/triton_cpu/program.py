@@ -4,12 +4,18 @@ A value is either *formed*, an expression of its place in the tile that is writt
 once), or *held*, an array of the program's scratch. Loads, products, reductions and what a loop carries are always held.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Unsupported, Value
+
+SHORT, LONGEST = 300, 3000
+"""Signs of C++ above which an element that is used more than once, or once, is computed where it stands."""
+DEEPEST = 3
+"""Tiles of more dimensions are gone through by one loop; sorts make tiles of many dimensions of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,8 @@ class Kernel:
     """Name and type (a pointer's begins with "*") of each, in the order in which they are passed."""
     lines: list[str]
     """Places in the source, which checks point into."""
+    messages: list[str]
+    """Those of assertions."""
     source: str
 
 
@@ -33,6 +41,7 @@ class Program:
     uses: Counter[str] = field(default_factory=Counter)
     places: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     scratch: int = 0
     granule: int = 8
@@ -52,7 +61,7 @@ class Program:
         start = next(number for number, line in enumerate(self.body) if line.startswith("tt.func"))
         self._signature(self.body[start])
         self._block(start + 1, lambda names: None)
-        return Kernel(self.name, self.arguments, self.lines, self._source())
+        return Kernel(self.name, self.arguments, self.lines, self.messages, self._source())
 
     # Names, scratch, places
 
@@ -96,17 +105,22 @@ class Program:
 
     def each(self, type: Type, statement: Callable[[Index], str]) -> None:
         """A statement for every element."""
+        if len(type.shape) > DEEPEST:
+            self.emit(f"for (int i = 0; i < {type.size}; i++) {{ {statement(unravelled(type.shape))} }}")
+            return
         index = [f"i{axis}" for axis in range(len(type.shape))]
         loops = "".join(f"for (int {i} = 0; {i} < {size}; {i}++) " for i, size in zip(index, type.shape, strict=True))
         self.emit(f"{loops}{{ {statement(index)} }}")
 
     def define(self, name: str, value: Value) -> None:
-        """Give a result its name: scalars are computed now, tiles that are not cheap where they are used, if that is once."""
+        """Give a result its name: scalars are computed now, tiles where they are used, if that is once or they are cheap and short."""
         if not value.type.shape:
             if value.array is None and value.cheap:
                 value = self.scalar(value.type, value.at([]), value.base)
-        elif not value.cheap and self.uses[name] > 1:
-            value = self.hold(value)
+        elif value.array is None:
+            length = len(value.at([f"i{axis}" for axis in range(len(value.type.shape))]))
+            if length > (LONGEST if self.uses[name] == 1 else SHORT if value.cheap else 0):
+                value = self.hold(value)
         self.scopes[-1][name] = value
 
     def line_of(self, reference: str | None) -> int:
@@ -150,14 +164,14 @@ class Program:
                 self.emit(f"}} {match[1]}: {{")
                 number += 1
                 continue
-            match = re.match(r"(?:(%[\w$.-]+)(?::(\d+))? = )?\"?([a-z]+\.[\w.]+)\"?(.*)$", line)
+            match = re.match(r"(?:(%[\w$.-]+(?:, %[\w$.-]+)*)(?::(\d+))? = )?\"?([a-z]+\.[\w.]+)\"?(.*)$", line)
             if match is None:
                 raise Unsupported(f"{self.name}: cannot read {line!r}")
-            results = [match[1]] if match[1] else []
+            results = match[1].split(", ") if match[1] else []
             if match[2]:
                 results = [f"{match[1]}#{place}" for place in range(int(match[2]))]
             operation = Operation(results, match[3], match[4].strip(), self.line_of(reference[1] if reference else None))
-            if operation.name in ("scf.yield", "tt.reduce.return", "scf.condition"):
+            if operation.name in ("scf.yield", "tt.reduce.return", "tt.scan.return", "scf.condition"):
                 yields(re.findall(r"%[\w$.-]+(?:#\d+)?", operation.text.split(" : ")[0]))
                 number += 1
                 continue
@@ -200,8 +214,19 @@ class Program:
         return "\n".join(lines) + "\n"
 
 
+def unravelled(shape: tuple[int, ...]) -> list[str]:
+    """The index of element i. That of no other shape looks alike: the first axis has no remainder."""
+    index, step, all = [], 1, math.prod(shape)
+    for size in reversed(shape):
+        index.append("0" if size == 1 else f"(i / {step})" if step * size == all else f"(i / {step} % {size})")
+        step *= size
+    return index[::-1]
+
+
 def flat(shape: tuple[int, ...], index: Index) -> str:
     """The place of an element in a row-major array."""
+    if len(shape) > DEEPEST and list(index) == unravelled(shape):
+        return "i"
     terms, step = [], 1
     for size, i in reversed(list(zip(shape, index, strict=True))):
         if i != "0":

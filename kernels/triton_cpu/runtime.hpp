@@ -1,6 +1,7 @@
 // What the C++ of a lowered kernel is written in, and the loop over a grid's programs.
 #pragma once
 
+#include <cstdio>
 #include <cstdlib>
 #include <utility>
 

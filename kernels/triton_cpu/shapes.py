@@ -1,9 +1,9 @@
-"""Operations that place elements: ranges, shapes, what stands side by side. Most are views, which cost nothing."""
+"""Operations that place elements: ranges, shapes, what stands side by side. Most are views, which cost nothing; histograms count."""
 
 import re
 
 from headrace.kernels.triton_cpu.program import Program, lowers
-from headrace.kernels.triton_cpu.tile_ir import Operation, Type, Unsupported, Value
+from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Value
 
 
 @lowers("tt.get_program_id", "tt.get_num_programs")
@@ -54,11 +54,61 @@ def _transposed(to: Program, op: Operation, number: int) -> None:
 @lowers("tt.reshape")
 def _reshaped(to: Program, op: Operation, number: int) -> None:
     (x,) = op.operands(to.value)
-    if not x.type.shape:
-        raise Unsupported(f"{to.name}: a scalar cannot be reshaped")
+    if x.type.size == 1:
+        to.scopes[-1][op.results[0]] = Value(op.result, lambda index: x.at(["0"] * len(x.type.shape)), x.cheap, None, x.base)
+        return
     held = to.hold(x)
     assert held.array is not None
     to.scopes[-1][op.results[0]] = to.held(op.result, held.array, x.base)
+
+
+@lowers("tt.unsplat")
+def _unsplat(to: Program, op: Operation, number: int) -> None:
+    (x,) = op.operands(to.value)
+    to.scopes[-1][op.results[0]] = to.scalar(Type((), x.type.element, x.type.pointer), x.at(["0"] * len(x.type.shape)), x.base)
+
+
+@lowers("tt.cat")
+def _cat(to: Program, op: Operation, number: int) -> None:
+    a, b = (to.hold(one) for one in op.operands(to.value))
+    held = to.held(op.result, to.array(op.result))
+    for part, offset in ((a, 0), (b, a.type.size)):
+        to.emit(f"std::memcpy({held.array} + {offset}, {part.array}, {part.type.size} * sizeof *{held.array});")
+    to.scopes[-1][op.results[0]] = held
+
+
+@lowers("tt.gather")
+def _gather(to: Program, op: Operation, number: int) -> None:
+    x, places = op.operands(to.value)
+    x, axis = to.hold(x), op.attribute("axis")
+    held = to.held(op.result, to.array(op.result))
+
+    def at(index: Index) -> str:
+        place = f"checks.place({places.at(index)}, {x.type.shape[axis]}, {op.line})"
+        return f"{held.at(index)} = {x.at([*index[:axis], place, *index[axis + 1 :]])};"
+
+    to.each(op.result, at)
+    to.scopes[-1][op.results[0]] = held
+
+
+@lowers("tt.histogram")
+def _histogram(to: Program, op: Operation, number: int) -> None:
+    x, *rest = op.operands(to.value)
+    held = to.held(op.result, to.array(op.result))
+    to.each(op.result, lambda index: f"{held.at(index)} = 0;")
+    bins = op.result.shape[0]
+
+    def count(index: Index) -> str:
+        kept = f"{rest[0].at(index)} && " if rest else ""
+        return f"const int64_t bin = {x.at(index)}; if ({kept}bin >= 0 && bin < {bins}) {held.array}[bin]++;"
+
+    to.each(x.type, count)
+    to.scopes[-1][op.results[0]] = held
+
+
+@lowers("ttg.barrier", "llvm.intr.assume")
+def _nothing(to: Program, op: Operation, number: int) -> None:
+    """A program is one thread here, and takes the compiler's word for nothing."""
 
 
 @lowers("tt.join")

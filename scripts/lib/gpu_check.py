@@ -105,17 +105,18 @@ def random_weight(n: int, k: int, form: str) -> DeviceWeight:
     if form == "bf16":
         return DeviceWeight("floats", torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) / k**0.5, k)
     groups = 1 if form in ("e4m3", "int8 x int8") else k // 128
-    scales = torch.full((groups, n), 0.2 / k**0.5 / (1 if form == "int4" else 16), device=DEVICE)
+    spread = 128 if form == "e4m3 blocks" else 1
+    scales = torch.full((groups, n // spread), 0.2 / k**0.5 / (1 if form == "int4" else 16), device=DEVICE)
     if form.startswith("e4m3"):
         values = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
         group = 0 if groups == 1 else 128
-        return DeviceWeight("e4m3", values, k, None, scales, None, group, 0, InputRounding("e4m3", group or None))
+        return DeviceWeight("e4m3", values, k, None, scales, None, group, spread, 0, InputRounding("e4m3", group or None))
     values = torch.randint(0, 256, (n, k // 2 if form == "int4" else k), device=DEVICE, dtype=torch.uint8)
     if form == "int8 x int8":
-        return DeviceWeight("bytes", values.view(torch.int8), k, None, scales, None, 0, 0, InputRounding("int8"))
+        return DeviceWeight("bytes", values.view(torch.int8), k, None, scales, None, 0, 1, 0, InputRounding("int8"))
     if form == "int8":
         return DeviceWeight("bytes", values.view(torch.int8), k, None, scales.half(), None, 128)
-    return DeviceWeight("nibbles", values, k, None, scales.half(), None, 128, -8)
+    return DeviceWeight("nibbles", values, k, None, scales.half(), None, 128, 1, -8)
 
 
 @dataclass

@@ -18,12 +18,14 @@ import torch
 from headrace.kernels.aot import MOST_SHARED, TARGETS, Compiled, compiling_for
 from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference.rope import Rope
-from headrace.kernels.triton import TritonOps, experts
+from headrace.kernels.triton import TritonOps, experts, sampling
 from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.products import Tiles as ExpertTiles
+from headrace.kernels.triton.sampling import Draws
 from headrace.kernels.triton.step import StepTokens, Tiles
 from headrace.kernels.triton.tiles import QUERY_ROWS
 from headrace.kernels.triton.weights import DeviceWeight
+from headrace.kernels.weights import InputRounding
 
 META = torch.device("meta")
 BUDGET = Path(__file__).parents[2] / "kernels" / "triton" / "budget.json"
@@ -62,13 +64,29 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device=META)
 
 
-def weight(n: int, k: int, bits: int, group: int = 128) -> list[DeviceWeight]:
-    """bfloat16 for 16 bits, else codes in groups with float16 scales."""
-    if bits == 16:
+FORMS = ("bf16", "e4m3", "e4m3 blocks", "int8 x int8", "int8", "int4")
+"""Weights: float8 with inputs that are too (one scale a row, or blocks of 128), int8 with inputs in int8, and integers in groups of 128
+with inputs in bfloat16."""
+NO_FLOAT8 = ("sm_80", "gfx942")
+"""Targets that know no e4m3fn."""
+
+
+def weight(n: int, k: int, form: str, target: str) -> list[DeviceWeight]:
+    """A weight of one of FORMS as it is held on the target."""
+    if form == "bf16":
         return [DeviceWeight("floats", empty(n, k), k)]
-    codes = empty(n, k // 2, dtype=torch.uint8) if bits == 4 else empty(n, k, dtype=torch.int8)
-    scales = empty(k // group, n, dtype=torch.float16)
-    return [DeviceWeight("nibbles" if bits == 4 else "bytes", codes, k, None, scales, None, group, -8 if bits == 4 else 0)]
+    if form.startswith("e4m3"):
+        group, spread = (128, 128) if "blocks" in form else (0, 1)
+        codes = empty(n, k, dtype=torch.uint8 if target in NO_FLOAT8 else torch.float8_e4m3fn)
+        scales = empty(k // group if group else 1, n // spread, dtype=torch.float32)
+        return [DeviceWeight("e4m3", codes, k, None, scales, None, group, spread, 0, InputRounding("e4m3", group or None))]
+    if form == "int8 x int8":
+        scales = empty(1, n, dtype=torch.float32)
+        return [DeviceWeight("bytes", empty(n, k, dtype=torch.int8), k, None, scales, None, 0, 1, 0, InputRounding("int8"))]
+    scales = empty(k // 128, n, dtype=torch.float16)
+    if form == "int8":
+        return [DeviceWeight("bytes", empty(n, k, dtype=torch.int8), k, None, scales, None, 128)]
+    return [DeviceWeight("nibbles", empty(n, k // 2, dtype=torch.uint8), k, None, scales, None, 128, 1, -8)]
 
 
 def tokens_of(count: int, requests: int, context: int, heads: HeadShape) -> StepTokens:
@@ -81,7 +99,7 @@ def tokens_of(count: int, requests: int, context: int, heads: HeadShape) -> Step
     )
 
 
-def expert_launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
+def expert_launches(shape: Shape, target: str) -> Iterator[tuple[str, Launch]]:
     """What a mixture of experts launches in place of an MLP."""
     integers = lambda *shape: empty(*shape, dtype=torch.int32)  # noqa: E731
     layers = {"gate up": (2 * shape.mlp, shape.hidden, USED), "down": (shape.hidden, shape.mlp, 0)}
@@ -89,12 +107,12 @@ def expert_launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
         pairs = count * USED
         tile, most = experts.tiles_of(pairs, shape.experts)
         yield f"route x{count}", lambda ops, n=count: experts.route(empty(n, shape.experts, dtype=torch.float32), USED, True)
-        for bits in (16, 8, 4):
+        for form in FORMS:
             for name, (n, k, used) in layers.items():
                 rows, tiles = count if used else pairs, ExpertTiles(integers(most, 3), integers(pairs), used, tile)
-                weights = [replace(part, experts=shape.experts) for part in weight(n * shape.experts, k, bits)]
+                weights = [replace(part, experts=shape.experts) for part in weight(n * shape.experts, k, form, target)]
                 yield (
-                    f"experts {name} {bits} bits x{count}",
+                    f"experts {name} {form} x{count}",
                     lambda ops, x=(rows, k), t=tiles, w=weights: experts.products(empty(*x), t, w, ops.results),
                 )
     yield (
@@ -103,29 +121,32 @@ def expert_launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
     )
 
 
-def launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
+def launches(shape: Shape, target: str) -> Iterator[tuple[str, Launch]]:
     """Name and call of every launch of a step that differs in more than its grid: decoding one request, 64, and a prompt of 2048."""
     heads, width = shape.heads, (shape.heads.query_heads + 2 * shape.heads.kv_heads) * shape.heads.dim
     layers = {"qkv": (width, shape.hidden)}
     if shape.experts:
-        yield from expert_launches(shape)
+        yield from expert_launches(shape, target)
     else:
         layers |= {"gate up": (2 * shape.mlp, shape.hidden), "down": (shape.hidden, shape.mlp)}
-    for bits in (16, 8, 4):
+    for form in FORMS:
         for name, (n, k) in layers.items():
             for count in (1, 64, 2048):
                 yield (
-                    f"linear {name} {bits} bits x{count}",
-                    lambda ops, a=(count, n, k, bits): ops.linear(empty(a[0], a[2]), weight(*a[1:])),
+                    f"linear {name} {form} x{count}",
+                    lambda ops, a=(count, n, k, form): ops.linear(empty(a[0], a[2]), weight(*a[1:], target)),
                 )
-    yield "embed", lambda ops: ops.embed(tokens_of(64, 64, 256, heads), weight(shape.vocabulary, shape.hidden, 16))
+    yield "embed", lambda ops: ops.embed(tokens_of(64, 64, 256, heads), weight(shape.vocabulary, shape.hidden, "bf16", target))
     norm = empty(shape.hidden, dtype=torch.float32)
     yield "add_rmsnorm", lambda ops: ops.add_rmsnorm(empty(64, shape.hidden), empty(64, shape.hidden, dtype=torch.float32), norm, 1e-5)
     yield "gated", lambda ops: ops.gated(empty(64, 2 * shape.mlp), "silu")
+    yield "sampling", lambda ops: sampling_launches(shape.vocabulary)
     table = Rope(empty(8192, heads.dim // 2, dtype=torch.float32), empty(8192, heads.dim // 2, dtype=torch.float32), False)
     qk_norm = empty(heads.dim, dtype=torch.float32) if shape.qk_norm else None
-    for kind in ("bf16", "int8"):
+    for kind in ("bf16", "int8", "fp8"):
         kv = KVPages.new(256, 16, heads, META, kind)
+        if kind == "fp8" and target in NO_FLOAT8:
+            kv = KVPages(kv.keys.view(torch.uint8), kv.values.view(torch.uint8), kv.scales)
         yield (
             f"rope_write_kv {kind}",
             lambda ops, kv=kv: ops.rope_write_kv(
@@ -141,10 +162,20 @@ def launches(shape: Shape) -> Iterator[tuple[str, Launch]]:
             )
 
 
+def sampling_launches(vocabulary: int) -> None:
+    """Launch the kernels that sample."""
+    logits, one = empty(32, vocabulary, dtype=torch.float32), empty(32, dtype=torch.float32)
+    integers = empty(32, dtype=torch.int64)
+    draws = Draws(one, integers, empty(32, dtype=torch.float64), one, integers)
+    sampling.order(logits, one, one, True)
+    sampling.weigh(logits, one, draws, empty(32, sampling.HEAD, dtype=torch.int64))
+    sampling.random_numbers(integers, integers)
+
+
 def compiled(model: str, target: str) -> Iterator[tuple[str, Compiled]]:
     """Every kernel of the model's launches, by the launch's name."""
     ops = TritonOps(torch.bfloat16, torch.bfloat16)
-    for name, launch in launches(MODELS[model]):
+    for name, launch in launches(MODELS[model], target):
         with compiling_for(target) as kernels:
             launch(ops)
         for kernel in kernels:

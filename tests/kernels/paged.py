@@ -6,7 +6,7 @@ import torch
 
 from headrace.kernels.ops import Batch, HeadShape
 from headrace.kernels.reference.step import TYPES, KVPages, StepTokens
-from headrace.kernels.weights import Dense, GroupedInt
+from headrace.kernels.weights import Dense, GroupedInt, InputRounding, ScaledFloat, Weight
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,7 +26,28 @@ def grouped_int(codes: torch.Tensor, scales: torch.Tensor, minimums: torch.Tenso
     return GroupedInt(codes.numpy(), scales.numpy(), None if minimums is None else minimums.numpy(), group, bits)
 
 
-def values_of(weight: Dense | GroupedInt) -> torch.Tensor:
+def with_zeros(outputs: int, inputs: int, group: int, bits: int, scales: torch.Tensor) -> GroupedInt:
+    """Codes and zeros of all values that there are; `scales` [outputs, inputs / group]."""
+    draw = torch.Generator().manual_seed(bits + group)
+    low = 0 if bits == 4 else -128
+    codes, zeros = (
+        torch.randint(low, low + 2**bits, (outputs, count), generator=draw, dtype=torch.int16).to(torch.int8)
+        for count in (inputs, inputs // group)
+    )
+    codes[0, 0], codes[-1, -1], zeros[-1, -1] = low, low + 2**bits - 1, low
+    return GroupedInt(codes.numpy(), scales.numpy(), None, group, bits, zeros.numpy())
+
+
+def scaled_float(
+    outputs: int, inputs: int, block: tuple[int, int], scales: torch.Tensor, rounding: InputRounding | None = None
+) -> ScaledFloat:
+    """Float8 codes of every value that there is, NaN aside; `scales` for each block."""
+    codes = torch.randint(0, 254, (outputs, inputs), generator=torch.Generator().manual_seed(inputs), dtype=torch.uint8)
+    codes.view(-1)[: min(254, codes.numel())] = torch.arange(min(254, codes.numel()), dtype=torch.uint8)
+    return ScaledFloat((codes + (codes >= 127)).numpy(), scales.numpy(), block, rounding)
+
+
+def values_of(weight: Weight) -> torch.Tensor:
     """The weight in float32."""
     return torch.from_numpy(weight.dequantize())
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.eager import NativeOps, ReferenceOps
-from tests.kernels.paged import dense, random
+from tests.kernels.paged import dense, random, scaled_float
 from tests.kernels.test_cpu_integers import WEIGHTS as INTEGERS
 from tests.kernels.test_cpu_integers import WIDTH, weight
 
@@ -18,7 +18,8 @@ ENGINES = {isa: [NativeOps(threads, isa, "bf16") for threads in (1, 3)] for isa 
 REFERENCE = ReferenceOps("bf16")
 WEIGHTS = {
     **INTEGERS,
-    "8 bits and minimums": weight(8, -128, minimum=True),
+    "float8 in blocks": scaled_float(83, WIDTH, (32, 128), random(3, WIDTH // 128, seed=6)),
+    "float8 in groups of 16": scaled_float(83, WIDTH, (1, 16), random(83, WIDTH // 16, seed=6)),
     "groups of 16": weight(4, 0, 16, minimum=True),
     "bfloat16": dense(random(83, WIDTH, seed=5).bfloat16()),
 }

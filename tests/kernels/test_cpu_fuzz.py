@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.kernels.ops import HeadShape, RopeTable
-from headrace.kernels.weights import Dense, GroupedInt
+from headrace.kernels.weights import Dense, GroupedInt, ScaledFloat
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 from headrace.kernels.cpu import _native  # noqa: E402
@@ -39,9 +39,15 @@ def weights(draw) -> Any:
         return Dense(draw(FLOATS))
     outputs, inputs, group = draw(SIZES), draw(SIZES), draw(st.sampled_from([-1, 0, 1, 3, 4, 8, 16, 32, 64]))
     right = draw(st.booleans())
+    if draw(st.booleans()):
+        block = (draw(st.sampled_from([0, 1, 8, 256])), group)
+        blocks = (-(-outputs // max(block[0], 1)), -(-inputs // max(group, 1)))
+        bytes_ = draw(arrays(st.just(np.uint8), st.just((outputs, inputs)))) if right else draw(arrays())
+        return ScaledFloat(bytes_, np.ones(blocks, np.float32) if right else draw(arrays()), block)
     codes = draw(arrays(st.just(np.int8), st.just((outputs, inputs)))) if right else draw(arrays())
     scales = np.ones((outputs, inputs // group), np.float32) if right and group > 0 else draw(arrays())
-    return GroupedInt(codes, scales, draw(st.sampled_from([None, scales])), group, 4)
+    zeros = draw(st.sampled_from([None, np.ones(scales.shape, np.int8) if right else draw(arrays())]))
+    return GroupedInt(codes, scales, draw(st.sampled_from([None, scales])), group, 4, zeros)
 
 
 @given(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.eager import NativeOps, ReferenceOps
-from tests.kernels.paged import dense, grouped_int, random
+from tests.kernels.paged import dense, grouped_int, random, scaled_float, with_zeros
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 ENGINES = {isa: [NativeOps(threads, isa, "int8") for threads in (1, 3)] for isa in cpu.INSTRUCTION_SETS}
@@ -43,6 +43,9 @@ WEIGHTS = {
     "Q5_K": weight(5, 0, minimum=True, levels=True),
     "Q6_K": weight(6, -32, 16, levels=True),
     "groups of 128": weight(4, -8, 128),
+    "8 bits and minimums": weight(8, -128, minimum=True),
+    "zeros of 4 bits": with_zeros(83, WIDTH, 128, 4, random(83, WIDTH // 128).half().float()),
+    "zeros of 8 bits": with_zeros(83, WIDTH, WIDTH, 8, random(83, 1).half().float()),
 }
 
 
@@ -115,6 +118,14 @@ def test_what_is_not_finite_spoils_its_own_row_alone(engines, bad):
     assert spoilt[5].isnan().all()
     keep = torch.arange(12) != 5
     assert torch.equal(spoilt[keep], clean[keep])
+
+
+def test_weights_that_ask_for_integer_inputs_get_them_and_those_of_float8_keep_theirs():
+    ops, x = NativeOps(activations="auto"), random(3, WIDTH)
+    integers, floats = ops.prepare([weight(8, -128, WIDTH)]), ops.prepare([scaled_float(83, WIDTH, (83, WIDTH), torch.ones(1, 1))])
+    assert integers.activations == "int8"
+    assert floats.activations == ("bf16" if ops.isa == "amx" else "f32")
+    assert torch.equal(ops.linear(x, integers), ENGINES[ops.isa][0].linear(x, ENGINES[ops.isa][0].prepare([weight(8, -128, WIDTH)])))
 
 
 def test_zeros_and_tiny_numbers_give_zeros(engines):

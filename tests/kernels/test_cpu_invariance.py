@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from headrace.kernels.ops import HeadShape, RopeTable
 from headrace.kernels.weights import GroupedInt
 from tests.kernels.eager import NativeOps
-from tests.kernels.paged import Paged, dense, grouped_int, paged, random
+from tests.kernels.paged import Paged, dense, grouped_int, paged, random, scaled_float, with_zeros
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 ENGINES = {isa: [NativeOps(threads, isa) for threads in (1, 2, 3)] for isa in cpu.INSTRUCTION_SETS}
@@ -29,6 +29,8 @@ WEIGHTS = {
     "4 bits and minimums": integers(4, 0, True),
     "8 bits": integers(8, -128, False),
     "6 bits and minimums": integers(6, 0, True),
+    "zeros": with_zeros(83, WIDTH, 64, 4, random(83, WIDTH // 64).half().float()),
+    "float8": scaled_float(83, WIDTH, (16, 64), random(6, WIDTH // 64)),
 }
 BIAS = random(83, seed=2)
 ROW_OPS = {

@@ -9,10 +9,11 @@ from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference import tiles
 from headrace.kernels.reference.attention import SPLIT
 from headrace.kernels.reference.step import KVPages
+from headrace.kernels.weights import InputRounding
 from tests.kernels.eager import ReferenceOps
-from tests.kernels.paged import Extents, dense
+from tests.kernels.paged import Extents, dense, scaled_float
 
-OPS = ReferenceOps()
+OPS, AUTO = ReferenceOps(), ReferenceOps("auto")
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,12 @@ def int32(values: list) -> torch.Tensor:
 
 WIDTH, BIAS, NORM = 98, random(61), random(98, seed=4)
 LINEAR = OPS.prepare([dense(random(61, WIDTH))], BIAS)
+FLOAT8 = AUTO.prepare(
+    [scaled_float(40, WIDTH, (40, WIDTH), random(1, 1), how) for how in (InputRounding("e4m3"), InputRounding("int8", 32))]
+)
 ROW_OPS = {
     "linear": lambda x: OPS.linear(x, LINEAR),
+    "linear of rounded inputs": lambda x: AUTO.linear(x, FLOAT8),
     "rmsnorm": lambda x: OPS.rmsnorm(x, NORM, 1e-6),
     "add_rmsnorm": lambda x: OPS.add_rmsnorm(x, x * 3, NORM, 1e-6)[0],
     "silu": lambda x: OPS.gated(x * 5, "silu"),

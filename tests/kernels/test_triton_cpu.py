@@ -66,13 +66,40 @@ def product_kernel(A, B, C, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     tl.store(C + m[:, None] * N + n[None, :], tl.dot(a, b, out_dtype=C.dtype.element_ty))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-def test_products_are_exact_up_to_the_order_of_their_sums(dtype):
-    dice = torch.Generator().manual_seed(3)
-    a, b = (torch.randint(-128, 128, shape, generator=dice).to(dtype) for shape in ((16, 64), (64, 32)))
-    c = torch.empty(16, 32, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [*((one, one) for one in (torch.float32, torch.bfloat16, torch.float16, torch.int8)), (FP8[0], FP8[0]), (FP8[1], FP8[0])],
+)
+def test_products_are_exact_up_to_the_order_of_their_sums(left, right):
+    dice, limit = torch.Generator().manual_seed(3), 128 if left not in FP8 else 9
+    a = torch.randint(-limit, limit, (16, 64), generator=dice).float().to(left)
+    b = torch.randint(-limit, limit, (64, 32), generator=dice).float().to(right)
+    c = torch.empty(16, 32, dtype=torch.int32 if left == torch.int8 else torch.float32)
     product_kernel[(1,)](a, b, c, M=16, N=32, K=64)
-    assert torch.equal(c.long(), a.long() @ b.long())
+    assert torch.equal(c.double(), a.double() @ b.double())
+
+
+@triton.jit
+def products_kernel(A, B, C, OUT, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    s, m, n, k = tl.arange(0, S)[:, None, None], tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a = tl.load(A + s * M * K + m[None, :, None] * K + k[None, None, :])
+    b = tl.load(B + s * N * K + n[None, :, None] * K + k[None, None, :])
+    at = s * M * N + m[None, :, None] * N + n[None, None, :]
+    tl.store(OUT + at, tl.dot(a, tl.permute(b, [0, 2, 1]), tl.load(C + at), out_dtype=C.dtype.element_ty))
+
+
+@pytest.mark.parametrize(("dtype", "total"), [(torch.bfloat16, torch.float32), (torch.int8, torch.int32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize("shape", [(4, 16, 32, 64), (2, 1, 2, 4), (1, 4, 1, 16)])
+def test_products_of_batches_are_added_to_what_is_given(dtype, total, shape):
+    s, m, n, k = shape
+    dice = torch.Generator().manual_seed(4)
+    a, b, c = (torch.randint(-128, 128, one, generator=dice) for one in ((s, m, k), (s, n, k), (s, m, n)))
+    out = torch.empty(s, m, n, dtype=total)
+    products_kernel[(1,)](a.to(dtype), b.to(dtype), c.to(total), out, *shape)
+    assert torch.equal(out.long(), a @ b.transpose(1, 2) + c)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """A checkpoint as the model builder sees it: names, shapes, and weights in canonical form, whatever the files are.
 
-    ModelFiles ── open_checkpoint ──▶ Checkpoint ── weight(name, rows, columns) ──▶ Dense | GroupedInt
+    ModelFiles ── open_checkpoint ──▶ Checkpoint ── weight(name, rows, columns) ──▶ a canonical weight
                                                  ── vector(name) ──▶ float32
 
 Names and metadata are the format's own; a family file in `workers/model/` knows what they mean. Nothing is read before it is
@@ -45,9 +45,9 @@ class Checkpoint(Protocol):
         ...
 
     def weight(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Weight:
-        """A matrix, or a rank's part of it: float types as a view of the mapped file, block types unpacked into fresh memory.
+        """A matrix, or a rank's part of it: float types as a view of the mapped file, packed types unpacked into fresh memory.
 
-        `columns` of a block type must fall on the borders of its groups (UserError otherwise).
+        `columns` of a type that has groups of inputs must fall on their borders (UserError otherwise).
         """
         ...
 

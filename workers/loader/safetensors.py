@@ -1,22 +1,34 @@
-"""Weights out of a Hugging Face directory: each tensor a view of its mapped safetensors file, no bytes copied."""
+"""Weights out of a Hugging Face directory: floats as views of their mapped safetensors files, no bytes copied; quantized layers, which
+several tensors hold, as the formats in `headrace.workers.quant` read them."""
 
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from headrace.engine.checkpoint.hf import StoredTensor, read_config, read_tensors
+from headrace.engine.checkpoint.quantization import Scheme, read_quantization
 from headrace.engine.errors import UserError
 from headrace.kernels.weights import Dense, Weight, widened
+from headrace.workers.quant import awq, gptq, packed, scaled
+from headrace.workers.quant.layer import Layer
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
 """How each is held: see `headrace.kernels.weights.Dense`."""
+INTEGERS = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+TYPES = {**FLOATS, **INTEGERS, "F8_E4M3": np.dtype(np.uint8)}
+"""The types that quantized layers are stored in."""
+LAYOUTS: Mapping[str, ModuleType] = {"scaled": scaled, "packed": packed, "gptq": gptq, "awq": awq}
+CODES = frozenset(layout.CODES for layout in LAYOUTS.values())
+"""What tensors of codes are called."""
 
 
 class SafetensorsCheckpoint:
-    """See `headrace.workers.loader.checkpoint.Checkpoint`. `metadata` is config.json (of a multimodal model, its text part)."""
+    """See `headrace.workers.loader.checkpoint.Checkpoint`. `metadata` is config.json (of a multimodal model, its text part). A quantized
+    layer is known as its weight, whatever its tensors are called."""
 
     format = "huggingface"
 
@@ -25,21 +37,32 @@ class SafetensorsCheckpoint:
         self.metadata: Mapping[str, Any] = read_config(self.path)
         self._tensors = read_tensors(self.path)
         self._maps: dict[Path, mmap.mmap] = {}
+        self._quantized = self._find_quantized()
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        codes = {f"{layer.name}.{LAYOUTS[scheme.layout].CODES}": name for name, (layer, scheme) in self._quantized.items()}
+        layers = {layer.name for layer, _ in self._quantized.values()}
+        beside = {name for name in self._tensors if name.rpartition(".")[0] in layers and not name.endswith(".bias")}
+        return [codes.get(name, name) for name in self._tensors if name in codes or name not in beside]
 
     @property
     def files(self) -> set[Path]:
-        return {stored.file for stored in self._tensors.values()}
+        meaning = {self.path / "config.json"} if self._quantized else set()
+        return meaning | {stored.file for stored in self._tensors.values()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._tensors or name in self._quantized
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._quantized:
+            layer, scheme = self._quantized[name]
+            return LAYOUTS[scheme.layout].shape(layer, scheme)
         return self._stored(name).shape
 
     def weight(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Weight:
+        if name in self._quantized:
+            layer, scheme = self._quantized[name]
+            return LAYOUTS[scheme.layout].read(layer, scheme, rows, columns)
         values = self._view(name)
         if values.ndim != 2:
             raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a matrix is expected")
@@ -57,6 +80,25 @@ class SafetensorsCheckpoint:
             raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a vector is expected")
         return widened(values[rows or slice(None)])
 
+    def _find_quantized(self) -> dict[str, tuple[Layer, Scheme]]:
+        """The quantized layers by the names of their weights: those whose codes are there."""
+        quantization = read_quantization(self.path / "config.json", self.metadata)
+        if quantization is None:
+            return {}
+        found = {}
+        for name, stored in self._tensors.items():
+            layer, _, part = name.rpartition(".")
+            if part not in CODES or (part == "weight" and stored.dtype in FLOATS):
+                continue
+            scheme = quantization.scheme(layer)
+            if scheme is None or part != LAYOUTS[scheme.layout].CODES:
+                raise UserError(
+                    f"{stored.file}: tensor {name!r} of {stored.dtype} is not what config.json says of its layer "
+                    f"(quantization_config, {quantization.method}): get the checkpoint anew"
+                )
+            found[f"{layer}.weight"] = Layer(layer, self.path, self._tensors, self._mapped_view), scheme
+        return found
+
     def _stored(self, name: str) -> StoredTensor:
         if (stored := self._tensors.get(name)) is None:
             raise UserError(f"{self.path} has no tensor {name!r}: the files do not fit the architecture in config.json")
@@ -64,9 +106,12 @@ class SafetensorsCheckpoint:
 
     def _view(self, name: str) -> np.ndarray:
         stored = self._stored(name)
-        dtype = FLOATS.get(stored.dtype)
-        if dtype is None:
+        if stored.dtype not in FLOATS:
             raise UserError(f"{stored.file}: tensor {name!r} has the type {stored.dtype}: {', '.join(FLOATS)} can be read")
+        return self._mapped_view(stored)
+
+    def _mapped_view(self, stored: StoredTensor) -> np.ndarray:
+        dtype = TYPES[stored.dtype]
         data = memoryview(self._mapped(stored.file))[stored.offset : stored.offset + stored.nbytes]
         if stored.offset % dtype.itemsize:
             data = bytearray(data)  # The format asks for no alignment, kernels do.

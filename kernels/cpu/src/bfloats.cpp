@@ -2,7 +2,8 @@
 //
 // A code becomes the weight fma(1 + code / 2^b, 2^b * scale, minimum - 2^b * scale), where b is the number of bits of a code,
 // and 1 + code / 2^b needs no conversion: the code is the first bits of its fraction. That is scale * code + minimum, rounded once
-// wherever minimum - 2^b * scale is exact. Weights and x are then rounded to bfloat16, halves upwards in magnitude.
+// wherever minimum - 2^b * scale is exact. Float8 becomes code * scale, rounded once. Weights and x are then rounded to bfloat16, halves
+// upwards in magnitude.
 //
 // For each 32 inputs in turn, with the products of the 16 even ones and of the 16 odd ones each added up by fma from 0 in order:
 //
@@ -109,6 +110,39 @@ struct CodePairs {
                 for (int i = 0; i < UNIT / 4; i++, codes += FOUR, pairs += 2 * PANEL) four(codes, scales, pairs);
             left -= count;
         }
+    }
+};
+
+// Float8, a group of inputs at a time.
+struct Float8Pairs {
+    const Linear& w;
+    Blocks blocks;
+
+    explicit Float8Pairs(const Linear& w) : w(w), blocks(w) {}
+
+    void unpack(int64_t panel, int64_t from, int64_t to, int64_t ahead, uint32_t* pairs) const {
+        int64_t g = from / w.group, skipped = from - g * w.group;
+        for (int64_t left = to - from; left > 0; g++, skipped = 0) {
+            const Scale scale = blocks.scale(panel, g);
+            Floats factor[PARTS];
+            for (int part = 0; part < PARTS; part++) factor[part] = scale.factor[part] * wide::all(wide::FLOAT8);
+            const uint8_t* codes = blocks.codes(panel, g) + skipped * PANEL;
+            const int64_t count = std::min(left, w.group - skipped);
+            for (int64_t four = count / 4; four > 0; four--) {
+                __builtin_prefetch(codes + ahead, 0, 2);
+#pragma GCC unroll 2
+                for (int pair = 0; pair < 2; pair++, codes += 2 * PANEL, pairs += PANEL)
+                    for (int part = 0; part < PARTS; part++)
+                        store_pairs(pairs + part * wide::WIDTH, weight(codes + part * wide::WIDTH, factor[part]),
+                                    weight(codes + PANEL + part * wide::WIDTH, factor[part]));
+            }
+            left -= count;
+        }
+    }
+
+  private:
+    static Ints weight(const uint8_t* codes, Floats factor) {
+        return std::bit_cast<Ints>(wide::widen(reinterpret_cast<const wide::Float8*>(codes)) * factor) + HALF;
     }
 };
 
@@ -235,6 +269,7 @@ void with_product(const Linear& w, const Work& work) {
         case Form::int4: return work(Product<CodePairs<Form::int4>>(w));
         case Form::int6: return work(Product<CodePairs<Form::int6>>(w));
         case Form::int8: return work(Product<CodePairs<Form::int8>>(w));
+        case Form::e4m3: return work(Product<Float8Pairs>(w));
         default: return work(Product<FloatPairs>(w));
     }
 }

@@ -47,6 +47,11 @@ struct Blocks {
             const int8_t* levels = reinterpret_cast<const int8_t*>(factors + kinds * PANEL) + (g & mask) * kinds * PANEL;
             read(scale.factor, [&](int i) { return wide::load(factors + i) * wide::widen(levels + i); });
             if (minimums) read(scale.minimum, [&](int i) { return wide::load(factors + PANEL + i) * wide::widen(levels + PANEL + i); });
+        } else if (scales == Scales::zeros) {
+            const wide::Half* halves = reinterpret_cast<const wide::Half*>(at);
+            const int8_t* zeros = reinterpret_cast<const int8_t*>(halves + PANEL);
+            read(scale.factor, [&](int i) { return wide::widen(halves + i); });
+            read(scale.minimum, [&](int i) { return -(wide::widen(halves + i) * wide::widen(zeros + i)); });
         } else if (scales == Scales::f16) {
             const wide::Half* halves = reinterpret_cast<const wide::Half*>(at);
             read(scale.factor, [&](int i) { return wide::widen(halves + i); });

@@ -296,7 +296,7 @@ struct Product {
 template <class Work>
 void with_product(const Linear& w, const Work& work) {
     if (w.form == Form::int4) return w.minimums ? work(Product<Form::int4, 32, true>(w)) : work(Product<Form::int4, 32, false>(w));
-    if (w.form == Form::int8) return work(Product<Form::int8, 32, false>(w));
+    if (w.form == Form::int8) return w.minimums ? work(Product<Form::int8, 32, true>(w)) : work(Product<Form::int8, 32, false>(w));
     if (w.unit() == 16) return work(Product<Form::int6, 16, false>(w));
     return w.minimums ? work(Product<Form::int6, 32, true>(w)) : work(Product<Form::int6, 32, false>(w));
 }

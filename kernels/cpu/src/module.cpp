@@ -129,7 +129,7 @@ class Engine {
     Pool& pool() { return pool_; }
     const Ops& ops() const { return *ops_; }
 
-    using Parts = std::vector<std::tuple<int64_t, Address, Address, Address>>;
+    using Parts = std::vector<std::tuple<int64_t, Address, Address, Address, Address>>;
 
     // How to store codes: form, scales, offset.
     std::tuple<int, int, int> choose(const Parts& parts, int64_t inputs, int64_t group) {
@@ -156,8 +156,8 @@ class Engine {
   private:
     static std::vector<Rows> rows_of(const Parts& parts) {
         std::vector<Rows> all;
-        for (const auto& [outputs, values, scales, minimums] : parts)
-            all.push_back({outputs, at<const void>(values), floats(scales), floats(minimums)});
+        for (const auto& [outputs, values, scales, minimums, zeros] : parts)
+            all.push_back({outputs, at<const void>(values), floats(scales), floats(minimums), at<const int8_t>(zeros)});
         return all;
     }
 

@@ -14,18 +14,18 @@ namespace headrace {
 // Outputs that are computed side by side: a panel holds this many rows of a weight, interleaved by input.
 constexpr int PANEL = 16;
 
-// How a weight is stored: floats, or integer codes of 8, at most 6, or 4 bits.
-enum class Form : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int6 = 4, int4 = 5 };
+// How a weight is stored: floats, integer codes of 8, at most 6, or 4 bits, or codes that are float8 (e4m3, without NaN).
+enum class Form : int { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int6 = 4, int4 = 5, e4m3 = 6 };
 
 // How the scales of codes are stored: as floats, as IEEE binary16, or as levels: a signed byte times a float that LEVELLED inputs share.
-enum class Scales : int { f32 = 0, f16 = 1, levels = 2 };
+// Or as binary16 with zeros, signed bytes whose product with the scale, taken off, is the minimum; float32 holds it exactly.
+enum class Scales : int { f32 = 0, f16 = 1, levels = 2, zeros = 3 };
 
 constexpr int64_t LEVELLED = 256;
 
 // What x is made before it is multiplied:
 //   f32   nothing else
-//   int8  codes, where weights are codes too: `inputs` and `group` are multiples of 32, and only int6 has minimums beside int4. Or int6
-//         without minimums has a `group` of 16.
+//   int8  codes, where weights are integer codes too: `inputs` and `group` are multiples of 32. Or int6 without minimums has a `group` of 16.
 //   bf16  bfloat16, where weights are that or codes: `inputs` is a multiple of 32, and so is `group`, or it is 16
 enum class Activations : int { f32 = 0, int8 = 1, bf16 = 2 };
 
@@ -36,8 +36,9 @@ enum class Activations : int { f32 = 0, int8 = 1, bf16 = 2 };
 //   block   of a group of inputs: [scales PANEL] [minimums PANEL, if any] [codes]
 //           of LEVELLED inputs where scales are levels: [factors PANEL floats] [factors of minimums, if any], for each group
 //           [levels PANEL bytes] [levels of minimums, if any], then [codes] of all groups
+//           or, in place of minimums, [zeros PANEL bytes]
 //   codes   of 4 inputs: 4 bytes an output, one an input, outputs in order. With 4 bits, output 8 + i shares the bytes of output i:
-//           that is the low nibble, this the high one.
+//           that is the low nibble, this the high one. Float8 stands as [inputs][PANEL], as floats do.
 //
 // A code is its byte (signed in int8, unsigned in int6) or nibble, less `offset`, which is not 0 only without minimums. Inputs come in
 // whole groups, and groups in multiples of 4. Floats are one group of K inputs.
@@ -62,6 +63,7 @@ struct Linear {
     int64_t span() const { return scales == Scales::levels ? LEVELLED : group; }
     int64_t header() const {
         const int64_t kinds = minimums ? 2 : 1;
+        if (scales == Scales::zeros) return PANEL * 3;
         if (scales == Scales::levels) return kinds * PANEL * (4 + LEVELLED / group);
         return kinds * PANEL * (scales == Scales::f16 ? 2 : 4);
     }

@@ -49,6 +49,7 @@ struct Panel {
     const uint8_t* values[PANEL] = {};
     const float* scales[PANEL] = {};
     const float* minimums[PANEL] = {};
+    const int8_t* zeros[PANEL] = {};
 };
 
 Panel panel_of(const std::vector<Rows>& parts, const Linear& w, int64_t panel) {
@@ -63,17 +64,19 @@ Panel panel_of(const std::vector<Rows>& parts, const Linear& w, int64_t panel) {
         rows.values[i] = static_cast<const uint8_t*>(part->values) + (n - before) * w.inputs * size;
         if (part->scales) rows.scales[i] = part->scales + (n - before) * groups;
         if (part->minimums) rows.minimums[i] = part->minimums + (n - before) * groups;
+        if (part->zeros) rows.zeros[i] = part->zeros + (n - before) * groups;
     }
     return rows;
 }
 
+// Numbers of `inputs` inputs from input `first` on.
 template <class T>
-void pack_floats(const Panel& rows, int64_t inputs, uint8_t* to) {
+void pack_floats(const Panel& rows, int64_t first, int64_t inputs, uint8_t* to) {
     T* out = reinterpret_cast<T*>(to);
     for (int64_t strip = 0; strip < inputs; strip += STRIP)
         for (int64_t r = 0; r < PANEL; r++)
             for (int64_t k = strip; k < std::min(inputs, strip + STRIP); k++)
-                out[k * PANEL + r] = rows.values[r] ? reinterpret_cast<const T*>(rows.values[r])[k] : T(0);
+                out[k * PANEL + r] = rows.values[r] ? reinterpret_cast<const T*>(rows.values[r])[first + k] : T(0);
 }
 
 // Codes of `count` inputs from input k on. An offset is added by flipping the highest of the bits that a code has.
@@ -97,7 +100,8 @@ void pack_codes(const Linear& w, const Panel& rows, int64_t k, int64_t count, ui
 
 void pack_block(const Linear& w, const Panel& rows, int64_t block, uint8_t* to) {
     const int64_t groups = w.span() / w.group, first = block * groups;
-    for (int kind = 0, kinds = w.minimums ? 2 : 1; kind < kinds; kind++)
+    const bool zeros = w.scales == Scales::zeros;
+    for (int kind = 0, kinds = w.minimums && !zeros ? 2 : 1; kind < kinds; kind++)
         for (int64_t r = 0; r < PANEL; r++) {
             const float* scales = (kind ? rows.minimums : rows.scales)[r];
             if (w.scales == Scales::levels) {
@@ -106,7 +110,7 @@ void pack_block(const Linear& w, const Panel& rows, int64_t block, uint8_t* to) 
                 if (scales) levels_of(scales + first, groups, factor, levels);
                 std::memcpy(to + (kind * PANEL + r) * sizeof factor, &factor, sizeof factor);
                 for (int64_t g = 0; g < groups; g++) to[kinds * PANEL * sizeof factor + (g * kinds + kind) * PANEL + r] = levels[g];
-            } else if (w.scales == Scales::f16) {
+            } else if (w.scales == Scales::f16 || zeros) {
                 const uint16_t half = scales ? half_of(scales[first]) : 0;
                 std::memcpy(to + (kind * PANEL + r) * sizeof half, &half, sizeof half);
             } else {
@@ -114,6 +118,9 @@ void pack_block(const Linear& w, const Panel& rows, int64_t block, uint8_t* to) 
                 std::memcpy(to + (kind * PANEL + r) * sizeof scale, &scale, sizeof scale);
             }
         }
+    if (zeros)
+        for (int64_t r = 0; r < PANEL; r++) to[PANEL * sizeof(uint16_t) + r] = rows.zeros[r] ? rows.zeros[r][first] : 0;
+    if (w.form == Form::e4m3) return pack_floats<uint8_t>(rows, block * w.span(), w.span(), to + w.header());
     pack_codes(w, rows, block * w.span(), w.span(), to + w.header());
 }
 
@@ -145,8 +152,9 @@ void choose(Pool& pool, const std::vector<Rows>& parts, Linear& w) {
             for (int seen = lowest; low < seen && !lowest.compare_exchange_weak(seen, low);) {}
             for (int seen = highest; high > seen && !highest.compare_exchange_weak(seen, high);) {}
         });
-    w.minimums = parts[0].minimums != nullptr;
-    w.scales = halves ? Scales::f16 : levels ? Scales::levels : Scales::f32;
+    const bool zeros = parts[0].zeros != nullptr;
+    w.minimums = zeros || parts[0].minimums;
+    w.scales = zeros ? Scales::zeros : halves ? Scales::f16 : levels ? Scales::levels : Scales::f32;
     // An offset stands in for the minimum, so signed codes that also have minimums stay signed.
     auto within = [&](int offset, int bits) { return lowest + offset >= 0 && highest + offset < 1 << bits && !(offset && w.minimums); };
     w.form = Form::int8, w.offset = 0;
@@ -160,8 +168,8 @@ void pack(Pool& pool, const std::vector<Rows>& parts, const Linear& w, uint8_t* 
     pool.run((w.outputs + PANEL - 1) / PANEL, [&](int64_t panel) {
         const Panel rows = panel_of(parts, w, panel);
         uint8_t* out = to + panel * w.panel();
-        if (w.form == Form::f32) return pack_floats<uint32_t>(rows, w.inputs, out);
-        if (w.floats()) return pack_floats<uint16_t>(rows, w.inputs, out);
+        if (w.form == Form::f32) return pack_floats<uint32_t>(rows, 0, w.inputs, out);
+        if (w.floats()) return pack_floats<uint16_t>(rows, 0, w.inputs, out);
         for (int64_t block = 0; block < w.inputs / w.span(); block++) pack_block(w, rows, block, out + block * w.block());
     });
 }

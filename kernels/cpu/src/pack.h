@@ -11,12 +11,13 @@ namespace headrace {
 // Some outputs of a weight: floats, or codes with their scales and perhaps minimums, as in `kernels/weights.py`.
 struct Rows {
     int64_t outputs;
-    const void* values;      // [outputs, K] float32, bfloat16, binary16 or int8
+    const void* values;      // [outputs, K] float32, bfloat16, binary16, int8 or float8
     const float* scales;     // [outputs, K / group]
     const float* minimums;   // the same, or null
+    const int8_t* zeros;     // the same, or null; beside scales that are all exact in binary16
 };
 
-// How to store codes: sets form, scales, minimums and offset of a Linear whose inputs and group are known.
+// How to store integer codes: sets form, scales, minimums and offset of a Linear whose inputs and group are known.
 void choose(Pool& pool, const std::vector<Rows>& parts, Linear& w);
 
 // Parts stacked along N into w.size() bytes; w.outputs is their sum.

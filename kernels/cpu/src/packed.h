@@ -76,6 +76,35 @@ struct CodeSource {
     }
 };
 
+// Float8 in groups.
+struct Float8Source {
+    static constexpr int STEP = 1;
+    static constexpr int NEXT = PANEL;
+    static constexpr int PANELS = 4;
+    struct Group {
+        wide::Floats factor[PARTS];
+    };
+
+    const Linear& w;
+    Blocks blocks;
+    int64_t apart;
+
+    explicit Float8Source(const Linear& w) : w(w), blocks(w), apart(blocks.panel_bytes) {}
+
+    Group group(int64_t panel, int64_t g) const {
+        const Scale scale = blocks.scale(panel, g);
+        Group group;
+        for (int part = 0; part < PARTS; part++) group.factor[part] = scale.factor[part] * wide::all(wide::FLOAT8);
+        return group;
+    }
+    const wide::Float8* at(int64_t panel, int64_t g) const { return reinterpret_cast<const wide::Float8*>(blocks.codes(panel, g)); }
+
+    template <class Use>
+    static void each(const Group& group, const wide::Float8* codes, const Use& use) {
+        for (int part = 0; part < PARTS; part++) use(0, part, wide::widen(codes + part * wide::WIDTH) * group.factor[part]);
+    }
+};
+
 // Calls work(source) with the source of this weight's form.
 template <class Work>
 void with_source(const Linear& w, const Work& work) {
@@ -86,6 +115,7 @@ void with_source(const Linear& w, const Work& work) {
         case Form::int8: return work(CodeSource<Form::int8>{w});
         case Form::int6: return work(CodeSource<Form::int6>{w});
         case Form::int4: return work(CodeSource<Form::int4>{w});
+        case Form::e4m3: return work(Float8Source{w});
     }
 }
 

@@ -14,6 +14,14 @@ struct BFloat {
 
 using HEADRACE_ISA::Half;
 
+// A number of float8 (e4m3, no NaN). Its exponent and fraction stand in binary16 as they are, where they mean 2^-8 of it: that is what
+// `widen` gives, exactly, and FLOAT8 times that is the number.
+struct Float8 {
+    uint8_t bits;
+};
+
+constexpr float FLOAT8 = 256.0f;
+
 #if defined(__AVX512F__)
 
 constexpr int WIDTH = 16;
@@ -46,6 +54,11 @@ inline Floats widen(const Half* p) {
     return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 
+inline Floats widen(const Float8* p) {
+    const __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
+    return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(0xbfff)))));
+}
+
 #else
 
 constexpr int WIDTH = LANES;
@@ -65,6 +78,12 @@ inline Floats widen(const BFloat* p) {
     return std::bit_cast<Floats>(v << 16);
 }
 
+// The sign comes twice, at its own place and above the exponent's, where it is masked away.
+inline Floats widen(const Float8* p) {
+    const __m128i words = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16(static_cast<int16_t>(0xbfff)))));
+}
+
 #else
 
 typedef uint16_t Words __attribute__((vector_size(16)));
@@ -80,6 +99,17 @@ inline To converted(const T* p) {
 inline Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 inline Floats widen(const BFloat* p) { return std::bit_cast<Floats>(converted<Words, DoubleWords>(p) << 16); }
+
+// No subnormal float on the way, as these may count as 0.
+inline Floats widen(const Float8* p) {
+    Floats v;
+    for (int i = 0; i < WIDTH; i++) {
+        const uint32_t magnitude = p[i].bits & 127, normal = (magnitude << 20) + ((127 - 15) << 23);
+        const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-17f : std::bit_cast<float>(normal);
+        v[i] = p[i].bits & 128 ? -value : value;
+    }
+    return v;
+}
 
 #endif
 #endif

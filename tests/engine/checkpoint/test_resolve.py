@@ -138,8 +138,8 @@ def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
 
 def test_what_is_not_built_yet_is_refused_by_name(tmp_path: Path) -> None:
     assert "one of 3 parts" in fault(model=write_gguf(tmp_path / "m.gguf", values={"split.count": 3}))
-    config = {"quantization_config": {"quant_method": "gptq"}}
-    assert "'gptq'" in fault(model=write_directory(tmp_path / "d", config=config))
+    config = {"quantization_config": {"quant_method": "aqlm"}}
+    assert "'aqlm'" in fault(model=write_directory(tmp_path / "d", config=config))
     assert "revision='main' is for hub models" in fault(model=tmp_path, revision="main")
 
 
