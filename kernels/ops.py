@@ -14,7 +14,8 @@ Two rules bind every implementation:
   KV position.
 - **Accumulation in float32** (or exactly, in integers). Whatever the stored type.
 
-Shapes: T tokens of R requests in a flat batch; H hidden size; Hq query heads and Hkv key/value heads of D; V vocabulary.
+Shapes: T tokens of R requests in a flat batch; H hidden size; Hq query heads and Hkv key/value heads of D; F width of an MLP; E experts;
+V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ Array = Any
 """An activation, float32 [rows, width], in the form in which an implementation passes it from op to op."""
 Tokens = Any
 """The tokens of a step, their ids, places and pages: what `embed`, `rope_write_kv` and `attention` must be told."""
+Routing = Any
+"""Which experts each token of a step goes to, and what each counts: what `route` gives and `experts` takes."""
 KVPages = Any
 """The paged keys and values of one layer."""
 
@@ -142,6 +145,26 @@ class Ops(Protocol):
         """
         ...
 
+    def route(self, x: Array, router: Prepared, used: int, renormalize: bool) -> Routing:
+        """Choose `used` of E experts for each token: those with the highest logits, by falling logit, equal ones by number.
+
+        The logits [T, E] are x [T, H] times the prepared router [E, H] transposed. A chosen expert's weight, float32, is its share of the
+        softmax over all E logits, or with `renormalize` of that over the chosen ones' (arXiv:2401.04088, section 2.1). Where a logit is
+        NaN, so are the token's weights. ValueError unless 1 <= used <= E.
+        """
+        ...
+
+    def experts(self, x: Array, routing: Routing, gate_up: Prepared, down: Prepared, activation: str) -> Array:
+        """The gated MLPs of each token's experts, added up by their weights: [T, H].
+
+            y[t] = 0 + weight[t, 0] * mlp(expert[t, 0], x[t]) + weight[t, 1] * … in the order of `route`, where
+            mlp(e, x) = gated(x gate_up[e]^T, activation) down[e]^T
+
+        x [T, H]; gate_up [E, 2F, H] and down [E, H, F] are of `prepare_experts`. Which other tokens share an expert changes nothing.
+        ValueError for numbers of experts that differ.
+        """
+        ...
+
     def rope_write_kv(
         self,
         qkv: Array,
@@ -211,6 +234,11 @@ class Backend(Protocol):
         `bias` is float32 [sum of N]. `name` is unique in the model; a backend that keeps what it prepared may know the weight by it
         and then never ask for it. May keep a reference to memory-mapped storage.
         """
+        ...
+
+    def prepare_experts(self, name: str, experts: int, weights: Callable[[], Sequence[Sequence[Weight]]]) -> Prepared:
+        """The linear layers of so many experts, one behind the other: as `prepare` does, those in `weights()[e]` are stacked along N to be
+        the one of expert e. They are of the same shapes and forms for each. ValueError otherwise."""
         ...
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Prepared:

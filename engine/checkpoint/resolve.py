@@ -97,10 +97,6 @@ def _from_gguf(path: Path, name: str | None, config: Config) -> ModelFiles:
     architecture = _check_architecture(path, metadata.get("general.architecture"), GGUF_ARCHITECTURES)
     if _integer(metadata, "split.count", path, 1) > 1:
         raise UserError(f"{path} is one of {metadata['split.count']} parts of a split model: join them first (llama-gguf-split --merge)")
-    if _integer(metadata, f"{architecture}.expert_count", path, 0) > 0:
-        raise UserError(
-            f"{path} is a mixture of experts ({architecture}.expert_count={metadata[f'{architecture}.expert_count']}), not supported yet"
-        )
     if wrong := sorted({tensor.type for tensor in file.tensors.values()} - set(GGUF_TYPES)):
         raise UserError(f"{path} has tensors of the unsupported type {', '.join(wrong)}: {', '.join(GGUF_TYPES)} can be read")
     embedding = file.tensors.get("token_embd.weight")

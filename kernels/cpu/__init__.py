@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
 from headrace.kernels.cpu import sampling
-from headrace.kernels.cpu.packed import FORMAT, Packed, Part, in_memory, pack
+from headrace.kernels.cpu.packed import FORMAT, Allocate, Packed, Part, in_memory, pack, pack_experts
 from headrace.kernels.cpu.pages import TYPES, Pages, page_bytes
 from headrace.kernels.cpu.recorder import CpuProgram
 from headrace.kernels.cpu.store import PackedStore
@@ -87,8 +87,14 @@ class CpuBackend:
         self._store = PackedStore(folder / f"{version}-{FORMAT}.packed")
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Packed:
+        return self._prepared(name, lambda allocate: pack(self._engine, weights(), allocate), bias)
+
+    def prepare_experts(self, name: str, experts: int, weights: Callable[[], Sequence[Sequence[Weight]]]) -> Packed:
+        return self._prepared(name, lambda allocate: pack_experts(self._engine, experts, weights(), allocate))
+
+    def _prepared(self, name: str, make: Callable[[Allocate], list[tuple[Part, np.ndarray]]], bias: np.ndarray | None = None) -> Packed:
         if name not in self._packed:
-            parts = self._parts(name, weights)
+            parts = self._parts(name, make)
             self._packed[name] = Packed(parts, bias, [self._activations_for(part) for part, _ in parts])
         return self._packed[name]
 
@@ -99,13 +105,13 @@ class CpuBackend:
             wanted = "bf16" if part.fits_bf16 and self.isa == "amx" else "int8"
         return wanted if part.takes(wanted) else "f32"
 
-    def _parts(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Sequence[tuple[Part, np.ndarray]]:
+    def _parts(self, name: str, make: Callable[[Allocate], list[tuple[Part, np.ndarray]]]) -> Sequence[tuple[Part, np.ndarray]]:
         """The packed weight: from the store if it is there, else made, and left there."""
         if self._store is None:
-            return pack(self._engine, weights(), in_memory)
+            return make(in_memory)
         parts = self._store.get(name)
         if parts is None:
-            parts = pack(self._engine, weights(), self._store.allocate)
+            parts = make(self._store.allocate)
             self._store.add(name, parts)
         return parts
 

@@ -49,6 +49,8 @@ class Part(NamedTuple):
     outputs: int
     inputs: int
     group: int
+    experts: int = 1
+    """How many weights like this lie one behind the other."""
 
     def native(self, panels: int, bias: int, activations: str, following: "_native.Linear | None") -> "_native.Linear":
         return _native.Linear(
@@ -67,7 +69,7 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.native(0, 0, "f32", None).size
+        return self.experts * self.native(0, 0, "f32", None).size
 
     @property
     def fits_bf16(self) -> bool:
@@ -93,12 +95,13 @@ class Part(NamedTuple):
 
 
 class Packed:
-    """A layer's weight [N, K], bound to where its panels lie."""
+    """A layer's weight [N, K], or those of several experts, bound to where the panels lie."""
 
     def __init__(self, parts: Sequence[tuple[Part, np.ndarray]], bias: np.ndarray | None, activations: Sequence[str]) -> None:
         """`bias` is float32 [N]; `activations` are what each part is multiplied with, which it must take."""
         self.inputs = parts[0][0].inputs
         self.outputs = sum(part.outputs for part, _ in parts)
+        self.experts = parts[0][0].experts
         if bias is not None:
             if bias.shape != (self.outputs,):
                 raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {self.outputs} outputs")
@@ -134,13 +137,42 @@ def pack(engine: "_native.Engine", weights: Sequence[Weight], allocate: Allocate
     for weight in map(_checked, weights):
         if weight.shape[1] != weights[0].shape[1]:
             raise ValueError(f"weights of {weight.shape[1]} and {weights[0].shape[1]} inputs cannot be stacked")
-        part = _part(engine, weight)
+        part = _part(engine, [weight])
         if runs and runs[-1][0]._replace(outputs=part.outputs) == part:
             run, alike = runs.pop()
             runs.append((part._replace(outputs=run.outputs + part.outputs), [*alike, weight]))
         else:
             runs.append((part, [weight]))
     return [(part, _packed(engine, part, alike, allocate)) for part, alike in runs]
+
+
+def pack_experts(
+    engine: "_native.Engine", experts: int, stacks: Sequence[Sequence[Weight]], allocate: Allocate
+) -> list[tuple[Part, np.ndarray]]:
+    """The same for the stacks of so many experts: a part for each place in the stack. ValueError also where experts differ."""
+    if len(stacks) != experts:
+        raise ValueError(f"there are weights of {len(stacks)} experts: it must be {experts}")
+    columns = [[_checked(weight) for weight in column] for column in zip(*stacks, strict=True)]
+    if not columns:
+        raise ValueError("a linear layer needs at least one weight")
+    parts = []
+    for weights in columns:
+        if len(forms := {_form_of(weight) for weight in weights}) != 1:
+            raise ValueError(f"experts must have weights of one form, not of {sorted(map(str, forms))}")
+        if weights[0].shape[1] != columns[0][0].shape[1]:
+            raise ValueError(f"weights of {weights[0].shape[1]} and {columns[0][0].shape[1]} inputs cannot be stacked")
+        part = _part(engine, weights)
+        size, panels = part.nbytes, allocate(part._replace(experts=experts).nbytes)
+        for expert, weight in enumerate(weights):
+            engine.pack([_rows(weight)], part.native(0, 0, "f32", None), panels.ctypes.data + expert * size)
+        parts.append((part._replace(experts=experts), panels))
+    return parts
+
+
+def _form_of(weight: Weight) -> tuple:
+    if isinstance(weight, Dense):
+        return weight.dtype, weight.shape
+    return "integers", weight.shape, weight.group, weight.minimums is not None
 
 
 def in_memory(nbytes: int) -> np.ndarray:
@@ -150,14 +182,17 @@ def in_memory(nbytes: int) -> np.ndarray:
     return room[start : start + nbytes]
 
 
-def _part(engine: "_native.Engine", weight: Weight) -> Part:
-    outputs, inputs = weight.shape
-    if isinstance(weight, Dense):
-        return Part(_FORMS[weight.dtype], 0, False, 0, outputs, inputs, inputs)
-    if isinstance(weight, ScaledFloat):
-        return Part(_E4M3, _F16_SCALES if _are_halves(weight.scales) else _F32_SCALES, False, 0, outputs, inputs, weight.block[1])
-    form, scales, offset = engine.choose([_rows(weight)], inputs, weight.group)
-    return Part(form, scales, weight.minimums is not None or weight.zeros is not None, offset, outputs, inputs, weight.group)
+def _part(engine: "_native.Engine", weights: Sequence[Weight]) -> Part:
+    """How each of these, which are alike, is stored."""
+    first = weights[0]
+    outputs, inputs = first.shape
+    if isinstance(first, Dense):
+        return Part(_FORMS[first.dtype], 0, False, 0, outputs, inputs, inputs)
+    if isinstance(first, ScaledFloat):
+        halves = all(isinstance(weight, ScaledFloat) and _are_halves(weight.scales) for weight in weights)
+        return Part(_E4M3, _F16_SCALES if halves else _F32_SCALES, False, 0, outputs, inputs, first.block[1])
+    form, scales, offset = engine.choose([_rows(weight) for weight in weights], inputs, first.group)
+    return Part(form, scales, first.minimums is not None or first.zeros is not None, offset, outputs, inputs, first.group)
 
 
 def _packed(engine: "_native.Engine", part: Part, weights: Sequence[Weight], allocate: Allocate) -> np.ndarray:

@@ -31,6 +31,20 @@ class Value:
     width: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """`headrace.kernels.ops.Routing`, filled by every step."""
+
+    native: _native.Routing
+    weights: Value
+    """[rows, used]."""
+    experts: int
+
+    @property
+    def used(self) -> int:
+        return self.weights.width
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What an op does in a step, for those who time it. A position is one that a row (operations) or a request (bytes) sees."""
@@ -120,7 +134,60 @@ class Recorder:
             raise ValueError(f"gate_up has {gate_up.width} columns, it must have two equal halves")
         y = Value(gate_up.rows, gate_up.width // 2)
         gelu = activation == "gelu_tanh"
-        self._record(_moves("gated", gate_up, y), (gate_up,), (y,), lambda tape, at: tape.gated(at(gate_up), y.width, gelu, at(y)))
+        self._record(_moves("gated", gate_up, y), (gate_up,), (y,), lambda tape, at: tape.gated(at(gate_up), y.width, gelu, 1, at(y)))
+        return y
+
+    def route(self, x: Value, router: Packed, used: int, renormalize: bool) -> Routed:
+        experts = router.outputs
+        if not 1 <= used <= experts:
+            raise ValueError(f"{used} of {experts} experts cannot be used: from 1 to all of them can")
+        logits = self.linear(x, router)
+        routing = Routed(_native.Routing(experts, used, renormalize), Value(x.rows, used), experts)
+        self._record(
+            _moves("route", logits, routing.weights),
+            (logits,),
+            (routing.weights,),
+            lambda tape, at: tape.route(routing.native, at(logits), at(routing.weights)),
+        )
+        return routing
+
+    def experts(self, x: Value, routing: Routed, gate_up: Packed, down: Packed, activation: str) -> Value:
+        if activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f'activation "{activation}" is not known: use "silu" or "gelu_tanh"')
+        if not routing.experts == gate_up.experts == down.experts:
+            raise ValueError(f"the router chooses among {routing.experts} experts, there are {gate_up.experts} and {down.experts}")
+        if x.rows != routing.weights.rows or x.width != gate_up.inputs:
+            raise ValueError(f"x has {x.width} columns, the experts have {gate_up.inputs} inputs")
+        if gate_up.outputs != 2 * down.inputs:
+            raise ValueError(f"gate and up give {gate_up.outputs} columns, down takes {down.inputs}: it must be half of them")
+        used, gelu = routing.used, activation == "gelu_tanh"
+        # Rows of these are those of a token's experts, all tokens' sorted by expert.
+        halves, inner, outer = (Value(x.rows, used * width) for width in (gate_up.outputs, down.inputs, down.outputs))
+        self._record(
+            _of_experts(gate_up, used, x, halves),
+            (x,),
+            (halves,),
+            lambda tape, at: tape.experts(routing.native, gate_up.native, at(x), False, at(halves)),
+        )
+        self._record(
+            _moves("gated", halves, inner),
+            (halves,),
+            (inner,),
+            lambda tape, at: tape.gated(at(halves), down.inputs, gelu, used, at(inner)),
+        )
+        self._record(
+            _of_experts(down, used, inner, outer),
+            (inner,),
+            (outer,),
+            lambda tape, at: tape.experts(routing.native, down.native, at(inner), True, at(outer)),
+        )
+        y = Value(x.rows, down.outputs)
+        self._record(
+            _moves("combine", outer, routing.weights, y),
+            (outer, routing.weights),
+            (y,),
+            lambda tape, at: tape.combine(routing.native, at(outer), at(routing.weights), y.width, at(y)),
+        )
         return y
 
     def rope_write_kv(
@@ -249,6 +316,18 @@ class CpuProgram:
 def _moves(op: str, *values: Value) -> Work:
     """An op that does no more than to read and write these."""
     return Work(op, str(values[0].width), row_bytes=4 * sum(value.width for value in values))
+
+
+def _of_experts(weight: Packed, used: int, x: Value, y: Value) -> Work:
+    """A product with the weights of a row's experts. Rows that share one do not read it twice: what is read at least is one row's."""
+    return Work(
+        "experts",
+        f"{used} of {weight.experts} × {weight.outputs}×{weight.inputs} {weight.name}",
+        row_operations=2 * used * weight.outputs * weight.inputs,
+        numbers=weight.activations,
+        fixed_bytes=weight.nbytes // weight.experts * used,
+        row_bytes=4 * (x.width + y.width),
+    )
 
 
 def _alike(x: Value, residual: Value) -> None:

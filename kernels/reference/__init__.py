@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable, Sampled, SamplingBatch
+from headrace.kernels.reference import experts as experts_op
 from headrace.kernels.reference import sampling
 from headrace.kernels.reference.attention import attention
 from headrace.kernels.reference.embed import Table, embed
@@ -41,6 +42,9 @@ class ReferenceBackend:
 
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> PreparedLinear:
         return prepare(weights(), bias, self.device, self._activations)
+
+    def prepare_experts(self, name: str, experts: int, weights: Callable[[], Sequence[Sequence[Weight]]]) -> Sequence[PreparedLinear]:
+        return experts_op.alike([prepare(stack, None, self.device, self._activations) for stack in weights()], experts)
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Table:
         return Table(weight(), self.device)
@@ -82,6 +86,19 @@ class ReferenceBackend:
 
     def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         return gated(gate_up, activation)
+
+    def route(self, x: torch.Tensor, router: PreparedLinear, used: int, renormalize: bool) -> experts_op.Routing:
+        return experts_op.route(linear(x, router), used, renormalize)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        routing: experts_op.Routing,
+        gate_up: Sequence[PreparedLinear],
+        down: Sequence[PreparedLinear],
+        activation: str,
+    ) -> torch.Tensor:
+        return experts_op.experts(x, routing, gate_up, down, activation)
 
     def rope_write_kv(
         self,

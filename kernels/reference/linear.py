@@ -35,6 +35,11 @@ class PreparedLinear:
     bias: torch.Tensor | None
     """float32 [N], not padded."""
 
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return sum(part.outputs for part in self.parts)
+
 
 def prepare(weights: Sequence[Weight], bias: np.ndarray | None, device: torch.device, activations: str = "f32") -> PreparedLinear:
     """Stack the weights along N in float32. `activations` says what inputs are rounded to for each weight that allows it: "int8", "bf16",

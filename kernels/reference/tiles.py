@@ -6,10 +6,10 @@ of a product of 32 may differ in the last bit. Here no such choice is left to it
     a [M, K]  ──cut and zero-padded──▶  tiles [8, K] or [32, K]  ──one BLAS call each──▶  [M, N]
 
 K and N are padded to multiples of 16 by whoever prepares the operands, so a call's shape never has a ragged edge. That leaves
-two ways to leak: a row's place within its tile, and the size of the tile. Both are tried out for each (K, N), on the very
-machine, before the first product of that shape; where the small and the large tile disagree only the small one is used, and
-where a row's place matters rows go one to a call. So the invariance does not rest on what a BLAS happens to do. That the number of
-threads does not matter is asked of the BLAS: MKL promises it in its strict mode, and breaks it with AVX-512 otherwise.
+three ways to leak: a row's place within its tile, the size of the tile, and the number of threads. All are tried out for each (K, N), on
+the very machine, before the first product of that shape; where the small and the large tile disagree only the small one is used, and
+where a row's place or the threads matter rows go one to a call. So the invariance does not rest on what a BLAS happens to do. MKL in its
+strict mode promises that threads do not matter; it breaks that with AVX-512 otherwise, and on AMD's machines for few outputs all the same.
 """
 
 import os
@@ -26,6 +26,9 @@ ALIGN = 16
 
 SMALL, LARGE = 8, 32
 """Rows of a tile: few for decoding, many for prefill."""
+
+THREADS = (1, 2, 3, 4, 8)
+"""Numbers of threads that are tried out."""
 
 
 def padded(size: int) -> int:
@@ -76,13 +79,23 @@ def _try_out(b: torch.Tensor) -> tuple[int, ...]:
     a = _sample(b.shape[:-2], b.shape[-2]).to(b.device)
     small = torch.matmul(a[..., :SMALL, :].contiguous(), b)
     moved = torch.matmul(a[..., 3 : 3 + SMALL, :].contiguous(), b)
-    if not torch.equal(small[..., 3:, :], moved[..., : SMALL - 3, :]):
+    if not torch.equal(small[..., 3:, :], moved[..., : SMALL - 3, :]) or _threads_matter(a[..., :SMALL, :].contiguous(), b):
         return (1,)
     large = torch.matmul(a, b)
     # a turn by 5 links every place of the tile with every other, as 5 and LARGE have no common divisor
     turned = torch.matmul(a.roll(-5, -2), b).roll(5, -2)
     agree = torch.equal(large[..., :SMALL, :], small) and torch.equal(large, turned)
-    return (SMALL, LARGE) if agree else (SMALL,)
+    return (SMALL, LARGE) if agree and not _threads_matter(a, b) else (SMALL,)
+
+
+def _threads_matter(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if b.device.type != "cpu":
+        return False
+    before, outs = torch.get_num_threads(), []
+    for count in (*THREADS, before):
+        torch.set_num_threads(count)
+        outs.append(torch.matmul(a, b))
+    return not all(torch.equal(out, outs[0]) for out in outs)
 
 
 @cache

@@ -17,6 +17,7 @@ from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable, Sampled, Sa
 from headrace.kernels.reference.rope import Rope
 from headrace.kernels.room import host_room
 from headrace.kernels.triton import attention as attention_op
+from headrace.kernels.triton import experts as experts_op
 from headrace.kernels.triton import sampling
 from headrace.kernels.triton.embed import embed
 from headrace.kernels.triton.gated import gated
@@ -59,6 +60,12 @@ class TritonOps:
     def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         return gated(gate_up, activation)
 
+    def route(self, x: torch.Tensor, router: Prepared, used: int, renormalize: bool) -> experts_op.Routing:
+        return experts_op.route(linear(x, router, torch.float32), used, renormalize)
+
+    def experts(self, x: torch.Tensor, routing: experts_op.Routing, gate_up: Prepared, down: Prepared, activation: str) -> torch.Tensor:
+        return experts_op.experts(x, routing, gate_up, down, activation, self.results)
+
     def rope_write_kv(
         self,
         qkv: torch.Tensor,
@@ -95,6 +102,11 @@ class TritonBackend:
     def prepare(self, name: str, weights: Callable[[], Sequence[Weight]], bias: np.ndarray | None = None) -> Prepared:
         if name not in self._prepared:
             self._prepared[name] = prepare(weights(), bias, self.device, self._rounds_inputs)
+        return self._prepared[name]
+
+    def prepare_experts(self, name: str, experts: int, weights: Callable[[], Sequence[Sequence[Weight]]]) -> Prepared:
+        if name not in self._prepared:
+            self._prepared[name] = experts_op.prepare_experts(experts, weights(), self.device, self._rounds_inputs)
         return self._prepared[name]
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Prepared:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from headrace.kernels.triton.products import Product, columns_of, store_product, tile_of
+from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
 from headrace.kernels.triton.rounding import e4m3_value
 from headrace.kernels.triton.tiles import precision_of
 from headrace.kernels.triton.weights import STEP, DeviceWeight
@@ -59,7 +59,7 @@ def group_values(values, k, outputs, N, K, GROUP: tl.constexpr, SPREAD: tl.const
     return tl.load(values + (tl.minimum(k, K - 1) // GROUP) * (N // SPREAD) + outputs // SPREAD).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "y_rows", "across"])
 def grouped_kernel(
     X,
     W,
@@ -72,10 +72,15 @@ def grouped_kernel(
     N,
     K,
     width,
+    y_rows,
+    across,
+    tiles,
+    order,
     stride,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     WHOLE: tl.constexpr,
+    USED: tl.constexpr,
     NIBBLES: tl.constexpr,
     GROUP: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -91,18 +96,24 @@ def grouped_kernel(
     PART: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share. `stride` is what lies between rows of W."""
-    output, token = tile_of(T, N, TOKENS, OUTPUTS)
-    outputs, tokens = output + tl.arange(0, OUTPUTS), token + tl.arange(0, TOKENS)
+    output, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    outputs = output + tl.arange(0, OUTPUTS)
     # What is read twice at the edges is not stored.
     rows = tl.minimum(outputs, N - 1)
-    w_rows = W + rows.to(tl.int64)[:, None] * stride
-    x_rows = X + tl.minimum(tokens, T - 1).to(tl.int64)[None, :] * K
+    w_rows = W + (expert * N + rows)[:, None] * stride
+    x_rows = X + sources.to(tl.int64)[None, :] * K
+    groups = tl.cdiv(K, GROUP) if GROUP else 1
+    scales += expert * groups * (N // SPREAD)
+    if MINIMUMS:
+        minimums += expert * groups * (N // SPREAD)
     FOLD: tl.constexpr = min(GROUP, STEP) if GROUP else STEP
     if WHOLE:
         first, last = 0, SPLITS
     else:
         first = tl.program_id(1)
         last = first + 1
+    if USED >= 0:
+        last = tl.where(end > 0, last, first)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
@@ -112,7 +123,7 @@ def grouped_kernel(
                 factor = group_values(scales, at, rows, N, K, GROUP, SPREAD)
                 if MINIMUMS:
                     minimum = group_values(minimums, at, rows, N, K, GROUP, SPREAD)
-                    sum = tl.load(sums + (at // FOLD).to(tl.int64) * T + tokens, mask=(tokens < T) & (at < K), other=0.0)
+                    sum = tl.load(sums + (at // FOLD).to(tl.int64) * T + sources, mask=(sources < T) & (at < K), other=0.0)
                 block = tl.zeros([OUTPUTS, TOKENS], tl.float32)
                 for part in tl.static_range(FOLD // PART):
                     columns = at + part * PART + tl.arange(0, PART)
@@ -136,7 +147,7 @@ def grouped_kernel(
                         tl.broadcast_to(minimum[:, None], [OUTPUTS, TOKENS]), tl.broadcast_to(sum[None, :], [OUTPUTS, TOKENS]), acc
                     )
         total += acc
-    store_product(Y, total, bias, outputs, tokens, first, T, N, width, WHOLE, BIAS)
+    store_product(Y, total, bias, outputs, tokens, end, first, y_rows, N, width, WHOLE, BIAS)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -149,14 +160,14 @@ def sums_kernel(X, Y, T, K, FOLD: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(Y + folds.to(tl.int64) * T + token, tl.sum(x, 1), mask=folds * FOLD < K)
 
 
-def multiply_grouped(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
+def multiply_grouped(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int, tiles: Tiles | None) -> None:
     """x [T, K] times codes, scales and minimums, to Y, whose rows lie `width` apart."""
-    product = Product.of(w, y, len(x), width, "grouped", STEP, x.dtype)
+    product = Product.of(w, y, width, "grouped", STEP, x.dtype, tiles)
     fold, sums = min(w.group or STEP, STEP), None
     if w.minimums is not None:
-        sums = torch.empty(triton.cdiv(w.inputs, fold), product.tokens, dtype=torch.float32, device=x.device)
-        grid = (product.tokens, triton.cdiv(w.inputs, _SUM_BLOCK))
-        sums_kernel[grid](x, sums, product.tokens, w.inputs, FOLD=fold, BLOCK=_SUM_BLOCK, num_warps=4)
+        sums = torch.empty(triton.cdiv(w.inputs, fold), len(x), dtype=torch.float32, device=x.device)
+        grid = (len(x), triton.cdiv(w.inputs, _SUM_BLOCK))
+        sums_kernel[grid](x, sums, len(x), w.inputs, FOLD=fold, BLOCK=_SUM_BLOCK, num_warps=4)
     grouped_kernel[product.grid](
         x,
         w.values,

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.grouped import multiply_grouped
-from headrace.kernels.triton.products import Product, columns_of, store_product, tile_of
+from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
 from headrace.kernels.triton.scaled import multiply_scaled
 from headrace.kernels.triton.tiles import K_BLOCK, precision_of
 from headrace.kernels.triton.weights import DeviceWeight
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "y_rows", "across"])
 def linear_kernel(
     X,
     W,
@@ -32,9 +32,14 @@ def linear_kernel(
     N,
     K,
     width,
+    y_rows,
+    across,
+    tiles,
+    order,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     WHOLE: tl.constexpr,
+    USED: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -43,16 +48,18 @@ def linear_kernel(
     INPUTS: tl.constexpr,
 ):
     """See `Product` for what all kernels of products share."""
-    output, token = tile_of(T, N, TOKENS, OUTPUTS)
-    outputs, tokens = output + tl.arange(0, OUTPUTS), token + tl.arange(0, TOKENS)
+    output, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    outputs = output + tl.arange(0, OUTPUTS)
     # What is read twice at the edges is not stored.
-    w_rows = W + tl.minimum(outputs, N - 1).to(tl.int64)[:, None] * K
-    x_rows = X + tl.minimum(tokens, T - 1).to(tl.int64)[None, :] * K
+    w_rows = W + (expert * N + tl.minimum(outputs, N - 1))[:, None] * K
+    x_rows = X + sources.to(tl.int64)[None, :] * K
     if WHOLE:
         first, last = 0, SPLITS
     else:
         first = tl.program_id(1)
         last = first + 1
+    if USED >= 0:
+        last = tl.where(end > 0, last, first)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
@@ -65,7 +72,7 @@ def linear_kernel(
                 w = w.to(tl.bfloat16)
             acc = tl.dot(w, x.to(w.dtype), acc, input_precision=PRECISION)
         total += acc
-    store_product(Y, total, bias, outputs, tokens, first, T, N, width, WHOLE, BIAS)
+    store_product(Y, total, bias, outputs, tokens, end, first, y_rows, N, width, WHOLE, BIAS)
 
 
 def linear(x: torch.Tensor, parts: Sequence[DeviceWeight], out: torch.dtype) -> torch.Tensor:
@@ -75,19 +82,23 @@ def linear(x: torch.Tensor, parts: Sequence[DeviceWeight], out: torch.dtype) -> 
     begin = 0
     for part in parts:
         if tokens:
-            into = y[:, begin:]
-            if part.rounding is not None:
-                multiply_scaled(x, part, into, width)
-            elif part.form == "floats":
-                _multiply_floats(x, part, into, width)
-            else:
-                multiply_grouped(x, part, into, width)
+            multiply(x, part, y[:, begin:], width)
         begin += part.outputs
     return y
 
 
-def _multiply_floats(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
-    product = Product.of(w, y, len(x), width, "floats", K_BLOCK, x.dtype)
+def multiply(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int, tiles: Tiles | None = None) -> None:
+    """x [T, K] times a weight of any form, to Y, whose rows lie `width` apart; or times those of experts, to the rows that `tiles` say."""
+    if w.rounding is not None:
+        multiply_scaled(x, w, y, width, tiles)
+    elif w.form == "floats":
+        _multiply_floats(x, w, y, width, tiles)
+    else:
+        multiply_grouped(x, w, y, width, tiles)
+
+
+def _multiply_floats(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int, tiles: Tiles | None) -> None:
+    product = Product.of(w, y, width, "floats", K_BLOCK, x.dtype, tiles)
     linear_kernel[product.grid](
         x,
         w.values,

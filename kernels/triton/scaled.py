@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.products import Product, columns_of, store_product, tile_of
+from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
 from headrace.kernels.triton.rounding import e4m3_value, nearest_e4m3, nearest_whole
 from headrace.kernels.triton.weights import STEP, DeviceWeight
 from headrace.kernels.weights import LARGEST, SMALLEST, InputRounding
@@ -74,7 +74,7 @@ def round_kernel(
         tl.store(codes + token * K + columns, x.to(codes.dtype.element_ty), mask=columns < end)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "y_rows", "across"])
 def scaled_kernel(
     X,
     W,
@@ -86,10 +86,15 @@ def scaled_kernel(
     N,
     K,
     width,
+    y_rows,
+    across,
+    tiles,
+    order,
     static,
     SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     WHOLE: tl.constexpr,
+    USED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -102,12 +107,13 @@ def scaled_kernel(
 ):
     """See `Product` for what all kernels of products share. X_GROUP and W_GROUP: inputs that share a scale, 0 for all of a row;
     SPREAD: outputs that share one."""
-    output, token = tile_of(T, N, TOKENS, OUTPUTS)
-    outputs, tokens = output + tl.arange(0, OUTPUTS), token + tl.arange(0, TOKENS)
+    output, tokens, sources, end, expert = tile_of(tiles, order, across, T, N, TOKENS, OUTPUTS, USED)
+    outputs = output + tl.arange(0, OUTPUTS)
     # What is read twice at the edges is not stored.
-    rows, columns_t = tl.minimum(outputs, N - 1), tl.minimum(tokens, T - 1)
-    w_rows = W + rows.to(tl.int64)[:, None] * K
-    x_rows = X + columns_t.to(tl.int64)[None, :] * K
+    rows = tl.minimum(outputs, N - 1)
+    w_rows = W + (expert * N + rows)[:, None] * K
+    x_rows = X + sources.to(tl.int64)[None, :] * K
+    w_scales += expert * (tl.cdiv(K, W_GROUP) if W_GROUP else 1) * (N // SPREAD)
     GROUPED: tl.constexpr = X_GROUP != 0 or W_GROUP != 0
     WHOLE_NUMBERS: tl.constexpr = X.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if WHOLE_NUMBERS else tl.float32
@@ -116,11 +122,13 @@ def scaled_kernel(
     else:
         first = tl.program_id(1)
         last = first + 1
+    if USED >= 0:
+        last = tl.where(end > 0, last, first)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     if W_GROUP == 0:
         w_scale = tl.load(w_scales + rows)[:, None]
     if X_GROUP == 0:
-        x_scale = tl.zeros([TOKENS], tl.float32) + static if STATIC else tl.load(x_scales + columns_t)
+        x_scale = tl.zeros([TOKENS], tl.float32) + static if STATIC else tl.load(x_scales + sources)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32 if GROUPED else SUM)
         for k in range(split * SPLIT, min(K, (split + 1) * SPLIT), STEP):
@@ -130,7 +138,7 @@ def scaled_kernel(
                 else:
                     w_scale = tl.load(w_scales + (k // W_GROUP) * (N // SPREAD) + rows // SPREAD)[:, None]
             if X_GROUP != 0:
-                x_scale = tl.load(x_scales + (k // X_GROUP).to(tl.int64) * T + columns_t)
+                x_scale = tl.load(x_scales + (k // X_GROUP).to(tl.int64) * T + sources)
             columns = k + tl.arange(0, STEP)
             x = columns_of(x_rows, columns[:, None], K, EVEN)
             w = columns_of(w_rows, columns[None, :], K, EVEN)
@@ -146,7 +154,7 @@ def scaled_kernel(
             total += acc
         else:
             total = tl.fma(acc.to(tl.float32), w_scale * x_scale[None, :], total)
-    store_product(Y, total, bias, outputs, tokens, first, T, N, width, WHOLE, BIAS)
+    store_product(Y, total, bias, outputs, tokens, end, first, y_rows, N, width, WHOLE, BIAS)
 
 
 def round_inputs(x: torch.Tensor, rounding: InputRounding, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -174,7 +182,7 @@ def round_inputs(x: torch.Tensor, rounding: InputRounding, dtype: torch.dtype) -
     return codes, scales
 
 
-def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int) -> None:
+def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int, tiles: Tiles | None) -> None:
     """x [T, K], rounded, times a weight of bytes or e4m3 that says how, to Y, whose rows lie `width` apart."""
     assert w.rounding is not None, "a weight that is multiplied in 8 bits says how its inputs are rounded"
     if w.form == "bytes":
@@ -183,7 +191,7 @@ def multiply_scaled(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: in
         # Without float8 the weight is bytes, and its inputs have its values as bfloat16.
         kind = torch.bfloat16 if w.values.dtype == torch.uint8 else torch.float8_e4m3fn
     codes, scales = round_inputs(x, w.rounding, kind)
-    product = Product.of(w, y, len(x), width, "int8" if w.form == "bytes" else "e4m3", STEP, kind)
+    product = Product.of(w, y, width, "int8" if w.form == "bytes" else "e4m3", STEP, kind, tiles)
     scaled_kernel[product.grid](
         codes,
         w.values,

@@ -66,6 +66,9 @@ MANY_UNSPLIT: dict[Kind, Rows] = MANY | {
 }
 """Without splits there is a sum less to hold, and room in registers for more tokens."""
 
+EXPERT_TOKENS = FEW.tokens, 64
+"""Rows of one expert in a tile, where experts have few each and where they have more: SOME of any kind has as many."""
+
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB that a block may take, by NVIDIA's compute capability (CUDA C++ programming guide, table of compute capabilities)."""
 AMD_SHARED_MEMORY = 64

@@ -58,9 +58,13 @@ class DeviceWeight:
     rounding: InputRounding | None = None
     """How inputs are rounded to the weight's own kind of codes before they are multiplied."""
 
+    experts: int = 1
+    """How many such weights lie one behind the other, in all of these tensors."""
+
     @property
     def outputs(self) -> int:
-        return self.values.shape[0]
+        """N."""
+        return self.values.shape[0] // self.experts
 
     @property
     def part(self) -> int:

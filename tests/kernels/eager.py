@@ -23,6 +23,9 @@ class EagerOps:
     def prepare(self, weights: Sequence[Weight], bias: torch.Tensor | None = None):
         return self.backend.prepare(next(self._names), lambda: weights, None if bias is None else bias.numpy())
 
+    def prepare_experts(self, stacks: Sequence[Sequence[Weight]]):
+        return self.backend.prepare_experts(next(self._names), len(stacks), lambda: stacks)
+
     def prepare_table(self, weight: Weight):
         return self.backend.prepare_table(next(self._names), lambda: weight)
 
@@ -46,6 +49,9 @@ class ReferenceOps(EagerOps):
 
     def add_rmsnorm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         return self.backend.add_rmsnorm(x, residual, weight, eps)
+
+    def mixture(self, x, router, used: int, renormalize: bool, gate_up, down, activation: str) -> torch.Tensor:
+        return self.backend.experts(x, self.backend.route(x, router, used, renormalize), gate_up, down, activation)
 
     def rope_write_kv(self, qkv, heads, rope, q_norm, k_norm, eps, kv: KVPages, extents: Extents) -> torch.Tensor:
         return self.backend.rope_write_kv(qkv, heads, self._rope(rope), q_norm, k_norm, eps, kv, extents.tokens())
@@ -81,6 +87,9 @@ class NativeOps(EagerOps):
 
     def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         return self._run(lambda ops, x: [ops.gated(x, activation)], [gate_up])[0]
+
+    def mixture(self, x, router, used: int, renormalize: bool, gate_up, down, activation: str) -> torch.Tensor:
+        return self._run(lambda ops, x: [ops.experts(x, ops.route(x, router, used, renormalize), gate_up, down, activation)], [x])[0]
 
     def rope_write_kv(self, qkv, heads, rope, q_norm, k_norm, eps, kv: KVPages, extents: Extents) -> torch.Tensor:
         table, q_norm, k_norm, pages = self._rope(rope), self._vector(q_norm), self._vector(k_norm), _pages(kv)

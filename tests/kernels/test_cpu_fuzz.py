@@ -77,6 +77,9 @@ def plain(rows: int) -> tuple[np.ndarray, ...]:
 
 HEADS = st.builds(HeadShape, st.integers(-1, 6), st.integers(-1, 6), st.sampled_from([-8, 0, 1, 4, 8, 12, 16]))
 RIGHT = HeadShape(4, 2, 8)
+EXPERTS = cpu.CpuBackend(1).prepare_experts("experts", 3, lambda: [[Dense(np.ones((16, 64), np.float32))]] * 3)
+DOWN = cpu.CpuBackend(1).prepare_experts("down", 3, lambda: [[Dense(np.ones((64, 8), np.float32))]] * 3)
+ROUTERS = [cpu.CpuBackend(1).prepare("router", lambda n=n: [Dense(np.ones((n, 64), np.float32))]) for n in (3, 4)]
 PACKED = cpu.CpuBackend(1).prepare("table", lambda: [Dense(np.ones((32, 64), np.float32))])
 
 
@@ -100,6 +103,14 @@ def test_any_op_is_recorded_and_run_or_refused(data):
         "add": lambda: recorder.add(x, other),
         "linear": lambda: recorder.linear(x, PACKED),
         "gated": lambda: recorder.gated(x, draw(st.sampled_from(["silu", "gelu_tanh", "tanh"]))),
+        "experts": lambda: recorder.experts(
+            x,
+            recorder.route(
+                draw(st.sampled_from([x, other])), draw(st.sampled_from(ROUTERS)), draw(st.integers(-1, 5)), draw(st.booleans())
+            ),
+            *draw(st.permutations([EXPERTS, DOWN]) | st.just([EXPERTS, DOWN])),
+            draw(st.sampled_from(["silu", "tanh"])),
+        ),
         "embed": lambda: recorder.embed(None, PACKED),
         "attention": lambda: recorder.attention(x, heads, kv, None, 1.0, draw(st.sampled_from([None, -1, 0, 1, 5]))),
         "rope": lambda: recorder.rope_write_kv(x, heads, cpu.CpuBackend(1).prepare_rope(rope), norm, None, 1e-6, kv, None),

@@ -63,7 +63,7 @@ def test_any_rows_of_a_batch_are_what_they_are_alone(name, rows, seed, count):
     assert torch.equal(op(x), whole)
 
 
-@pytest.mark.parametrize(("n", "k"), [(960, 576), (3072, 576), (576, 1536), (1024, 2048)])
+@pytest.mark.parametrize(("n", "k"), [(960, 576), (3072, 576), (576, 1536), (1024, 2048), (8, 576), (60, 576)])
 def test_products_of_real_shapes_do_not_depend_on_rows_or_threads(n, k):
     weight, x = OPS.prepare([dense(random(n, k))]), random(70, k)
     torch.set_num_threads(1)
@@ -86,10 +86,15 @@ def test_where_tiles_disagree_only_those_that_can_be_trusted_are_used(monkeypatc
 
         return matmul
 
-    matrix = random(32, 48)
+    def disturbed_by_threads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return real(a, b) + (torch.get_num_threads() == 3)
+
+    matrix = random(32, 128)
     monkeypatch.setattr(torch, "matmul", disturbed(at=tiles.SMALL))
     assert tiles._try_out(matrix) == (tiles.SMALL,)
     monkeypatch.setattr(torch, "matmul", disturbed(at=1))
+    assert tiles._try_out(matrix) == (1,)
+    monkeypatch.setattr(torch, "matmul", disturbed_by_threads)
     assert tiles._try_out(matrix) == (1,)
     monkeypatch.setattr(torch, "matmul", real)
     x = random(20, 32, seed=1)

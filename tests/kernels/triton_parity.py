@@ -25,6 +25,7 @@ from headrace.kernels.triton.pages import SCALED, TYPES, KVPages
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.weights import GroupedInt, InputRounding, ScaledFloat, Weight
 from tests.kernels.eager import ReferenceOps
+from tests.kernels.experts_parity import checks as experts_checks
 from tests.kernels.paged import Paged, dense, paged, random
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -123,6 +124,7 @@ class Checks:
                     yield f"attention {heads} {kind} of small values", lambda a=(heads, kind, None, 1e-4): self.attention(*a), 2e-3
                 yield f"attention {heads} {kind} rows alone and together", lambda a=(heads, kind): self.attention_rows(*a), 0
                 yield f"attention {heads} {kind} trees as paths", lambda a=(heads, kind): self.trees(*a), 0
+        yield from experts_checks(self, [kinds[0], "int4", "int8", "e4m3 x e4m3 blocks"], weight_of, error_of, bound)
 
     def on(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return x.to(self.device, dtype or self.dtype)

@@ -41,7 +41,7 @@ class Checkpoint(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """(N, K) for a matrix of N rows (outputs) and K columns (inputs), (N,) for a vector."""
+        """(N, K) for a matrix of N rows (outputs) and K columns (inputs), (E, N, K) for those of E experts, (N,) for a vector."""
         ...
 
     def weight(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Weight:
@@ -49,6 +49,10 @@ class Checkpoint(Protocol):
 
         `columns` of a type that has groups of inputs must fall on their borders (UserError otherwise).
         """
+        ...
+
+    def experts(self, name: str) -> list[Weight]:
+        """The matrices [N, K] of a tensor [E, N, K], as `weight` gives them."""
         ...
 
     def vector(self, name: str, rows: slice | None = None) -> np.ndarray:

@@ -53,6 +53,16 @@ class GGUFCheckpoint:
         except ValueError as error:
             raise UserError(f"{self.path}: tensor {name!r} cannot be cut there: {error}") from None
 
+    def experts(self, name: str) -> list[Weight]:
+        info = self._info(name)
+        if len(info.shape) != 3:
+            raise UserError(f"{self.path}: tensor {name!r} has the shape {list(info.shape)} where a matrix an expert is expected")
+        data = self._file.tensor_bytes(name)
+        if dtype := FLOATS.get(info.type):
+            return [Dense(values) for values in np.frombuffer(data, dtype).reshape(info.shape)]
+        self._check_type(info)
+        return [ggml.unpack(info.type, packed) for packed in np.frombuffer(data, np.uint8).reshape(*info.shape[:2], -1)]
+
     def vector(self, name: str, rows: slice | None = None) -> np.ndarray:
         info = self._info(name)
         if len(info.shape) != 1:

@@ -68,6 +68,12 @@ class SafetensorsCheckpoint:
             raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a matrix is expected")
         return Dense(values[rows or slice(None), columns or slice(None)])
 
+    def experts(self, name: str) -> list[Weight]:
+        values = self._view(name)
+        if values.ndim != 3:
+            raise UserError(f"{self.path}: tensor {name!r} has the shape {list(values.shape)} where a matrix an expert is expected")
+        return [Dense(matrix) for matrix in values]
+
     def vector(self, name: str, rows: slice | None = None) -> np.ndarray:
         values = self._view(name)
         if values.ndim != 1:

@@ -23,12 +23,27 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """Many MLPs in place of one, of which each token takes a few."""
+
+    count: int
+    used: int
+    """Experts of a token."""
+    mlp: int
+    """Width of each."""
+    renormalize: bool
+    """Whether the weights of a token's experts add up to 1; otherwise those of all experts would."""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerConfig:
     """What may differ from layer to layer."""
 
     window: int | None
     """Sliding window in tokens, None for full attention."""
     rope: RopeConfig
+    experts: ExpertsConfig | None = None
+    """None for one MLP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,8 @@ class DecoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class WeightNames:
-    """The checkpoint's names. `{}` in a layer's name stands for the layer number."""
+    """The checkpoint's names. `{}` in a layer's name stands for the layer number, and a second one for the expert's: without it, one tensor
+    [experts, N, K] holds the weights of all."""
 
     embedding: str
     final_norm: str
@@ -80,3 +96,7 @@ class WeightNames:
     k_norm: str = ""
     post_attention_norm: str = ""
     post_mlp_norm: str = ""
+    router: str = ""
+    expert_gate_up: tuple[str, ...] = ()
+    """What is stacked: gate and up, or one name for both."""
+    expert_down: str = ""

@@ -3,6 +3,8 @@
     ids ─embed─▶ x ─┬─norm─qkv─rope─attention─o─(norm)─▶ + ─┬─norm─gate·up─down─(norm)─▶ + ─ … ─norm─▶ hidden ─head─▶ logits
                     └───────────────────────────────────────┘ residual
 
+A layer's MLP may be a mixture of experts: a router chooses which of them a token goes to, and what they give is added up.
+
 The worker builds it once and lets the backend compile it. It never touches an activation itself, so that the ops may run at once, on a
 GPU, or be recorded and replayed.
 """
@@ -14,8 +16,9 @@ import numpy as np
 
 from headrace.engine.errors import UserError
 from headrace.kernels.ops import Array, Backend, HeadShape, KVPages, Ops, Prepared, Tokens
+from headrace.kernels.weights import Weight
 from headrace.workers.loader import Checkpoint
-from headrace.workers.model.config import DecoderConfig, WeightNames
+from headrace.workers.model.config import DecoderConfig, ExpertsConfig, WeightNames
 from headrace.workers.model.families import describe
 from headrace.workers.model.names import bias_of
 from headrace.workers.model.rope import rope_table
@@ -34,7 +37,10 @@ class Layer:
     output: Prepared
     post_attention_norm: Prepared | None
     mlp_norm: Prepared
+    experts: ExpertsConfig | None
+    router: Prepared | None
     gate_up: Prepared
+    """Of one MLP, or of all experts."""
     down: Prepared
     post_mlp_norm: Prepared | None
 
@@ -84,7 +90,11 @@ class Decoder:
 
     def _feed_forward(self, ops: Ops, layer: Layer, x: Array) -> Array:
         config = self.config
-        x = ops.linear(ops.gated(ops.linear(x, layer.gate_up), config.activation), layer.down)
+        if (experts := layer.experts) is None:
+            x = ops.linear(ops.gated(ops.linear(x, layer.gate_up), config.activation), layer.down)
+        else:
+            routing = ops.route(x, layer.router, experts.used, experts.renormalize)
+            x = ops.experts(x, routing, layer.gate_up, layer.down, config.activation)
         return x if layer.post_mlp_norm is None else ops.rmsnorm(x, layer.post_mlp_norm, config.norm_eps)
 
 
@@ -123,6 +133,8 @@ class _Loading:
             return self.norm(named(pattern), size) if present else None
 
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        experts = c.layers[index].experts
+        router, gate_up, down = self.mlp(index) if experts is None else self.experts(index, experts)
         return Layer(
             attention_norm=self.norm(named(names.attention_norm), c.hidden),
             qkv=self.linear([(named(names.q), q), (named(names.k), kv), (named(names.v), kv)], c.hidden, c.qkv_bias),
@@ -133,10 +145,41 @@ class _Loading:
             output=self.linear([(named(names.o), c.hidden)], q, c.output_bias),
             post_attention_norm=norm(names.post_attention_norm, c.hidden, c.sandwich_norms),
             mlp_norm=self.norm(named(names.mlp_norm), c.hidden),
-            gate_up=self.linear([(named(names.gate), c.mlp), (named(names.up), c.mlp)], c.hidden, c.mlp_bias),
-            down=self.linear([(named(names.down), c.hidden)], c.mlp, c.mlp_bias),
+            experts=experts,
+            router=router,
+            gate_up=gate_up,
+            down=down,
             post_mlp_norm=norm(names.post_mlp_norm, c.hidden, c.sandwich_norms),
         )
+
+    def mlp(self, index: int) -> tuple[None, Prepared, Prepared]:
+        """No router, gate and up, down."""
+        c, gate, up, down = self.config, *(name.format(index) for name in (self.names.gate, self.names.up, self.names.down))
+        gate_up = self.linear([(gate, c.mlp), (up, c.mlp)], c.hidden, c.mlp_bias)
+        return None, gate_up, self.linear([(down, c.hidden)], c.mlp, c.mlp_bias)
+
+    def experts(self, index: int, experts: ExpertsConfig) -> tuple[Prepared, Prepared, Prepared]:
+        """The router, all experts' gate and up, their down."""
+        hidden, names = self.config.hidden, self.names
+        router = self.linear([(names.router.format(index), experts.count)], hidden, bias=False)
+        stacked = 2 * experts.mlp // len(names.expert_gate_up)
+        gate_up = self.expert_linear(index, [(pattern, stacked) for pattern in names.expert_gate_up], hidden, experts.count)
+        return router, gate_up, self.expert_linear(index, [(names.expert_down, hidden)], experts.mlp, experts.count)
+
+    def expert_linear(self, index: int, parts: list[tuple[str, int]], inputs: int, count: int) -> Prepared:
+        """The named weights of so many outputs each, stacked, of all experts."""
+        separate = parts[0][0].count("{}") == 2
+        columns = [[pattern.format(index, expert) for expert in range(count if separate else 1)] for pattern, _ in parts]
+        for (_, outputs), column in zip(parts, columns, strict=True):
+            for name in column:
+                self._check(name, (outputs, inputs) if separate else (count, outputs, inputs))
+
+        def weights() -> list[tuple[Weight, ...]]:
+            read = self.checkpoint
+            each = [[read.weight(name) for name in column] if separate else read.experts(column[0]) for column in columns]
+            return list(zip(*each, strict=True))
+
+        return self.backend.prepare_experts(columns[0][0], count, weights)
 
     def linear(self, parts: list[tuple[str, int]], inputs: int, bias: bool) -> Prepared:
         """The named weights of so many outputs each, stacked."""

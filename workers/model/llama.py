@@ -1,4 +1,4 @@
-"""Llama 2 and 3.x, Mistral, SmolLM2: the plain form of the decoder, which other families start from.
+"""Llama 2 and 3.x, Mistral, SmolLM2: the plain form of the decoder, which other families start from. GGUF files of Mixtral as well.
 
 GGUF files of the "llama" architecture store the rows of q and k so that rotated pairs stand side by side, hence `interleaved`.
 Mistral's first models attend in a sliding window, the same in every layer.
@@ -10,6 +10,7 @@ from typing import Any
 
 from headrace.workers.loader import Checkpoint
 from headrace.workers.model.config import DecoderConfig, LayerConfig, RopeConfig, WeightNames
+from headrace.workers.model.experts import gguf_experts, gguf_names
 from headrace.workers.model.metadata import Lookup
 from headrace.workers.model.names import GGUF, HUGGINGFACE, has_bias
 from headrace.workers.model.rope import gguf_rope, huggingface_rope
@@ -26,7 +27,7 @@ def describe(checkpoint: Checkpoint) -> tuple[DecoderConfig, WeightNames]:
     if checkpoint.format == "gguf":
         config = from_gguf(checkpoint, "llama", interleaved=True)
         window = Lookup(checkpoint.metadata, "llama.").get("attention.sliding_window")
-        return with_windows(config, [window] * len(config.layers)), GGUF
+        return with_windows(config, [window] * len(config.layers)), gguf_names(checkpoint, config)
     defaults = MISTRAL if checkpoint.metadata.get("model_type") == "mistral" else {}
     config = from_huggingface(checkpoint, "llama", defaults=defaults)
     window = {**defaults, **checkpoint.metadata}["sliding_window"] if defaults else None
@@ -84,7 +85,7 @@ def from_gguf(checkpoint: Checkpoint, family: str, interleaved: bool = False) ->
     Keys: the GGUF specification, section "Standardized key-value pairs".
     """
     look = Lookup(checkpoint.metadata, checkpoint.metadata["general.architecture"] + ".")
-    look.refuse_if_set("expert_count", "attention.clamp_kqv", "final_logit_softcapping", "attn_logit_softcapping")
+    look.refuse_if_set("attention.clamp_kqv", "final_logit_softcapping", "attn_logit_softcapping")
     hidden, heads = look.whole("embedding_length"), look.whole("attention.head_count")
     kv_heads = look.whole("attention.head_count_kv", heads)
     if heads % kv_heads:
@@ -93,7 +94,7 @@ def from_gguf(checkpoint: Checkpoint, family: str, interleaved: bool = False) ->
     if (value_dim := look.whole("attention.value_length", head_dim)) != head_dim:
         raise look.refused("attention.value_length", value_dim, f"it must equal the key length {head_dim}")
     rope = gguf_rope(checkpoint, look, head_dim, interleaved)
-    return DecoderConfig(
+    config = DecoderConfig(
         family=family,
         vocab_size=checkpoint.shape(GGUF.embedding)[0],
         hidden=hidden,
@@ -111,3 +112,4 @@ def from_gguf(checkpoint: Checkpoint, family: str, interleaved: bool = False) ->
         output_bias=has_bias(checkpoint, GGUF.o),
         mlp_bias=has_bias(checkpoint, GGUF.gate),
     )
+    return gguf_experts(checkpoint, look, config)

@@ -35,6 +35,9 @@ GGUF = WeightNames(
     mlp_norm="blk.{}.ffn_norm.weight",
     q_norm="blk.{}.attn_q_norm.weight",
     k_norm="blk.{}.attn_k_norm.weight",
+    router="blk.{}.ffn_gate_inp.weight",
+    expert_gate_up=("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"),
+    expert_down="blk.{}.ffn_down_exps.weight",
 )
 
 

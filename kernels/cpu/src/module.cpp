@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "draws.h"
+#include "experts.h"
 #include "ops.h"
 #include "pack.h"
 #include "tape.h"
@@ -208,9 +209,31 @@ class Program {
         });
     }
 
-    void gated(Place gate_up, int64_t width, bool gelu, Place y) {
+    // Of `each` pairs of halves in a row.
+    void gated(Place gate_up, int64_t width, bool gelu, int64_t each, Place y) {
         tape_.record("gated", y.arena,
-                     [=](const Step& step) { step.ops.gated(step.pool, step.at(gate_up), step.rows_of(y), width, gelu, step.at(y)); });
+                     [=](const Step& step) { step.ops.gated(step.pool, step.at(gate_up), step.rows_of(y) * each, width, gelu, step.at(y)); });
+    }
+
+    void route(Routing& routing, Place logits, Place weights) {
+        tape_.record("route", weights.arena, [=, &routing](const Step& step) {
+            routing.resize(step.rows_of(weights));
+            step.ops.route(step.pool, step.at(logits), step.rows_of(weights), routing.experts, routing.used, routing.renormalize,
+                           routing.chosen.data(), step.at(weights));
+            routing.sort();
+        });
+    }
+
+    void experts(Routing& routing, const Linear& weight, Place x, bool sorted, Place y) {
+        tape_.record("experts", y.arena, [=, &routing](const Step& step) {
+            experts_linear(step.pool, step.ops, weight, routing, step.at(x), sorted, step.at(y));
+        });
+    }
+
+    void combine(Routing& routing, Place x, Place weights, int64_t width, Place y) {
+        tape_.record("combine", y.arena, [=, &routing](const Step& step) {
+            step.ops.combine(step.pool, step.at(x), routing.places.data(), step.at(weights), step.rows_of(y), routing.used, width, step.at(y));
+        });
     }
 
     void add(Place x, Place residual, int64_t width, Place sum) {
@@ -345,6 +368,9 @@ NB_MODULE(_native, m) {
     nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, Address scales, int64_t pages, int64_t page_size, int form) {
         new (self) KV{at<void>(keys), at<void>(values), at<float>(scales), pages, page_size, static_cast<KVForm>(form)};
     });
+    nb::class_<Routing>(m, "Routing").def("__init__", [](Routing* self, int64_t experts, int64_t used, bool renormalize) {
+        new (self) Routing{experts, used, renormalize, {}, {}, {}, {}};
+    });
     nb::class_<Place>(m, "Place").def("__init__", [](Place* self, int arena, int64_t start) {
         new (self) Place{static_cast<Arena>(arena), start};
     });
@@ -367,6 +393,9 @@ NB_MODULE(_native, m) {
         .def("add_rmsnorm", &Program::add_rmsnorm)
         .def("gated", &Program::gated)
         .def("add", &Program::add)
+        .def("route", &Program::route, nb::keep_alive<1, 2>())
+        .def("experts", &Program::experts, nb::keep_alive<1, 2>())
+        .def("combine", &Program::combine, nb::keep_alive<1, 2>())
         .def("rope_write_kv", &Program::rope_write_kv)
         .def("attention", &Program::attention)
         .def("rows", &Program::rows)

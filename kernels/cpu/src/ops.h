@@ -175,6 +175,10 @@ struct Ops {
                     float* y);
     void (*gated)(Pool&, const float* gate_up, int64_t rows, int64_t width, bool gelu, float* y);
     void (*add)(Pool&, const float* x, const float* residual, int64_t count, float* sum);
+    // The `used` highest logits of each row [rows, experts], equal ones by number, and their weights: both [rows, used].
+    void (*route)(Pool&, const float* logits, int64_t rows, int64_t experts, int64_t used, bool renormalize, int32_t* chosen, float* weights);
+    // y [rows, width]: sums of rows `places` [rows, used] of x by their weights, in this order.
+    void (*combine)(Pool&, const float* x, const int32_t* places, const float* weights, int64_t rows, int64_t used, int64_t width, float* y);
     // logits [rows, vocabulary], to one choice a row.
     void (*sample)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const Sampling*, Choice*);
     void (*score)(Pool&, const float* logits, int64_t rows, int64_t vocabulary, const int32_t* tokens, int64_t top, Choice*);

@@ -14,6 +14,8 @@ void rope_write_kv(Pool&, const float*, const Heads&, const Rope&, const KV&, co
 void rmsnorm(Pool&, const float*, const float*, const float*, float, int64_t, int64_t, float*, float*);
 void gated(Pool&, const float*, int64_t, int64_t, bool, float*);
 void add(Pool&, const float*, const float*, int64_t, float*);
+void route(Pool&, const float*, int64_t, int64_t, int64_t, bool, int32_t*, float*);
+void combine(Pool&, const float*, const int32_t*, const float*, int64_t, int64_t, int64_t, float*);
 void sample(Pool&, const float*, int64_t, int64_t, const Sampling*, Choice*);
 void score(Pool&, const float*, int64_t, int64_t, const int32_t*, int64_t, Choice*);
 Peaks probe(Pool&, const uint8_t*, int64_t);
@@ -33,6 +35,8 @@ extern const Ops ops = {
     rmsnorm,
     gated,
     add,
+    route,
+    combine,
     sample,
     score,
     probe,

@@ -10,7 +10,7 @@ from headrace.engine.checkpoint.card import FAMILIES
 from headrace.engine.errors import UserError
 from headrace.kernels.select import make_backend
 from headrace.kernels.weights import Dense
-from headrace.workers.model.config import RopeConfig
+from headrace.workers.model.config import ExpertsConfig, RopeConfig
 from headrace.workers.model.decoder import load_decoder
 from headrace.workers.model.families import DESCRIBE, describe
 from headrace.workers.model.names import HUGGINGFACE
@@ -58,6 +58,9 @@ class InMemory:
 
     def weight(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Dense:
         return Dense(self.tensors[name])
+
+    def experts(self, name: str) -> list[Dense]:
+        return [Dense(matrix) for matrix in self.tensors[name]]
 
     def vector(self, name: str, rows: slice | None = None) -> np.ndarray:
         return self.tensors[name]
@@ -108,6 +111,104 @@ def test_a_config_json_that_cannot_be_served_is_refused_by_name(changes, message
 def test_gguf_metadata_that_cannot_be_served_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
         describe("gemma3", gemma(**changes))
+
+
+QWEN3_MOE: dict[str, Any] = {
+    **LLAMA,
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 6,
+}
+GGUF_MOE: dict[str, Any] = {
+    **{key.replace("gemma3", "qwen3moe"): value for key, value in GGUF.items()},
+    "general.architecture": "qwen3moe",
+    "qwen3moe.expert_count": 4,
+    "qwen3moe.expert_used_count": 2,
+    "qwen3moe.expert_feed_forward_length": 24,
+    "qwen3moe.attention.head_count_kv": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5: there are 4 experts"),
+        ({"n_shared_experts": 1}, "n_shared_experts=1: this is not supported"),
+        ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid': experts are chosen by"),
+        ({"topk_group": 4}, "topk_group=4: this is not supported"),
+        ({"num_experts": "many"}, "num_experts='many': it must be a positive integer"),
+    ],
+)
+def test_experts_that_cannot_be_served_are_refused_by_name(changes, message):
+    for architecture in ("Qwen3MoeForCausalLM", "MixtralForCausalLM"):
+        metadata = {key.replace("num_experts", "num_local_experts"): value for key, value in {**QWEN3_MOE, **changes}.items()}
+        metadata["num_experts_per_tok"] = metadata.pop("num_local_experts_per_tok")
+        qwen = architecture == "Qwen3MoeForCausalLM"
+        with pytest.raises(UserError, match=message if qwen else message.replace("num_experts=", "num_local_experts=")):
+            describe(architecture, InMemory("huggingface", {**QWEN3_MOE, **changes} if qwen else metadata))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_used_count": 9}, "qwen3moe.expert_used_count=9: there are 4 experts"),
+        ({"expert_shared_count": 1}, "qwen3moe.expert_shared_count=1: this is not supported"),
+        ({"expert_gating_func": 2}, "qwen3moe.expert_gating_func=2: experts are chosen by a softmax"),
+        ({"expert_weights_scale": 2.5}, "qwen3moe.expert_weights_scale=2.5: this is not supported"),
+    ],
+)
+def test_experts_of_gguf_files_that_cannot_be_served_are_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        describe("qwen3moe", InMemory("gguf", {**GGUF_MOE, **{f"qwen3moe.{key}": value for key, value in changes.items()}}))
+
+
+def test_layers_have_experts_where_their_config_says_so():
+    def layers(**changes: Any) -> list[bool]:
+        config, _ = describe("Qwen3MoeForCausalLM", InMemory("huggingface", {**QWEN3_MOE, **changes}))
+        return [layer.experts is not None for layer in config.layers]
+
+    assert layers() == [True] * 6
+    assert layers(decoder_sparse_step=2) == [False, True] * 3
+    assert layers(decoder_sparse_step=3, mlp_only_layers=[2]) == [False, False, False, False, False, True]
+    renamed = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"}
+    config, _ = describe("Qwen3MoeForCausalLM", InMemory("huggingface", {**renamed, "num_local_experts": 5, "norm_topk_prob": True}))
+    assert config.layers[0].experts == ExpertsConfig(count=5, used=2, mlp=24, renormalize=True)
+
+
+def test_an_older_gguf_file_has_a_tensor_for_each_expert():
+    embedding = {"token_embd.weight": np.zeros((40, 32), np.float32)}
+    router = {f"blk.{layer}.ffn_gate_inp.weight": np.zeros((4, 32), np.float32) for layer in range(7)}
+    _, names = describe("qwen3moe", InMemory("gguf", GGUF_MOE, {**embedding, **router}))
+    assert names.expert_down == "blk.{}.ffn_down_exps.weight"
+    down = {"blk.3.ffn_down.0.weight": np.zeros((32, 24), np.float32)}
+    config, names = describe("qwen3moe", InMemory("gguf", GGUF_MOE, {**embedding, **router, **down}))
+    assert names.expert_down == "blk.{}.ffn_down.{}.weight"
+    assert config.layers[6].experts == ExpertsConfig(count=4, used=2, mlp=24, renormalize=True)
+
+
+def test_a_missing_or_misshapen_expert_is_named():
+    config = {**QWEN3_MOE, "num_hidden_layers": 1, "tie_word_embeddings": True, "head_dim": 8}
+    norms = {f"model.layers.0.{name}.weight": (32,) for name in ("input_layernorm", "post_attention_layernorm")}
+    norms |= {"model.norm.weight": (32,), **{f"model.layers.0.self_attn.{name}_norm.weight": (8,) for name in "qk"}}
+    matrices = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32)}
+    shapes = {"model.embed_tokens.weight": (40, 32), "model.layers.0.mlp.gate.weight": (4, 32), **norms}
+    shapes |= {f"model.layers.0.self_attn.{name}_proj.weight": shape for name, shape in matrices.items()}
+    for expert in range(4):
+        names = {"gate": (24, 32), "up": (24, 32), "down": (32, 24)}
+        shapes |= {f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight": shape for name, shape in names.items()}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    backend = make_backend("reference")
+    assert load_decoder("Qwen3MoeForCausalLM", InMemory("huggingface", config, tensors), backend, context=16).layers[0].experts
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    with pytest.raises(UserError, match=rf"{name} has shape \[24, 31\] where the model's metadata asks for \[24, 32\]"):
+        load_decoder(
+            "Qwen3MoeForCausalLM", InMemory("huggingface", config, {**tensors, name: np.zeros((24, 31), np.float32)}), backend, context=16
+        )
+    del tensors[name]
+    with pytest.raises(UserError, match=f"lacks tensor {name}"):
+        load_decoder("Qwen3MoeForCausalLM", InMemory("huggingface", config, tensors), backend, context=16)
 
 
 def test_an_unknown_architecture_is_named_with_those_that_are_known():

@@ -13,7 +13,9 @@ TEXT = torch.randint(3, 199, (150,), generator=torch.Generator().manual_seed(6))
 WIDTH = 32
 
 
-@pytest.fixture(scope="module", params=[(name, kernels) for kernels in KERNELS for name in ("llama-one-kv-head", "gemma3")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(name, kernels) for kernels in KERNELS for name in ("llama-one-kv-head", "qwen3-moe", "gemma3")], ids="-".join
+)
 def loader(request, tmp_path_factory):
     """Loads a tiny model for a number of threads."""
     name, kernels = request.param

@@ -14,8 +14,20 @@ CLOSE = 1e-4
 TEXT = torch.randint(3, 199, (170,), generator=torch.Generator().manual_seed(5)).tolist()
 """Longer than every sliding window and than one split of the attention."""
 
-IN_GGUF = [name for name in MODELS if name not in ("llama-dynamic-rope", "qwen2-window-above-layer-1", "gemma3")]
+WITHOUT_GGUF = ("llama-dynamic-rope", "qwen2-window-above-layer-1", "gemma3", "qwen3-moe-with-window", "qwen3-moe-in-some-layers")
+IN_GGUF = [name for name in MODELS if name not in WITHOUT_GGUF]
 """The others have no words in a GGUF file for what their config.json says."""
+
+
+SHORT = {("qwen3-moe", "reference"), ("qwen3-moe", "cpu"), ("mixtral", "cpu")}
+"""Of the models with experts, which take longest, what the short tier tries."""
+
+
+def each(names) -> list:
+    """Every name with all kernels."""
+    pairs = [(name, kernels) for name in names for kernels in KERNELS]
+    slow = [pair for pair in pairs if pair[0].startswith(("qwen3-moe", "mixtral")) and pair not in SHORT]
+    return [pytest.param(*pair, marks=pytest.mark.slow if pair in slow else ()) for pair in pairs]
 
 
 def assert_equal_to(model, loaded: Loaded) -> None:
@@ -30,8 +42,7 @@ def assert_equal_to(model, loaded: Loaded) -> None:
     assert continued == chosen[19:-1].tolist()
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "kernels"), each(MODELS))
 def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_path):
     model = build(name, tmp_path)
     architecture = model.config.architectures[0]
@@ -39,10 +50,17 @@ def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, 
     assert_equal_to(model, loaded)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("name", IN_GGUF)
+@pytest.mark.parametrize(("name", "kernels"), each(IN_GGUF))
 def test_a_gguf_file_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_path):
     model = build(name, tmp_path)
     architecture = write_gguf(model, tmp_path / "model.gguf")
     loaded = load(kernels, architecture, GGUFCheckpoint(tmp_path / "model.gguf"), 256)
     assert_equal_to(model, loaded)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_experts_in_one_tensor_give_the_same(name, tmp_path):
+    model = build(name, tmp_path, as_published=False)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.shape("model.layers.0.mlp.experts.down_proj")[0] == model.config.num_local_experts
+    assert_equal_to(model, load("cpu", model.config.architectures[0], checkpoint, 256))

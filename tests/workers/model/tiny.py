@@ -24,6 +24,9 @@ SIZES: dict[str, Any] = {
 }
 
 
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 56}
+
+
 def rope(kind: str, **settings: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
 
@@ -48,6 +51,14 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SIZES, head_dim=32, **EXPERTS, norm_topk_prob=True, tie_word_embeddings=False),
+    "qwen3-moe-in-some-layers": lambda: transformers.Qwen3MoeConfig(
+        **{**SIZES, "num_hidden_layers": 4}, head_dim=32, **EXPERTS, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[3]
+    ),
+    "qwen3-moe-with-window": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=32, **EXPERTS, norm_topk_prob=True, use_sliding_window=True, sliding_window=24
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **{**SIZES, "num_hidden_layers": 7}, head_dim=32, query_pre_attn_scalar=24, sliding_window=20
     ),
@@ -64,8 +75,9 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 }
 
 
-def build(name: str, directory: Path) -> transformers.PreTrainedModel:
-    """The model `name` in float32, saved to `directory`; norms and biases are random too."""
+def build(name: str, directory: Path, as_published: bool = True) -> transformers.PreTrainedModel:
+    """The model `name` in float32, saved to `directory`, as such models are published or in transformers' own form; norms and biases are
+    random too."""
     torch.manual_seed(sum(name.encode()))
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
@@ -73,7 +85,7 @@ def build(name: str, directory: Path) -> transformers.PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_original_format=as_published)
     return model
 
 
@@ -82,8 +94,13 @@ ARCHITECTURES = {
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
+
+MERGED = {"gate_up_proj": ("gate_proj", "up_proj")}
+"""What transformers holds as one tensor and GGUF files as two."""
 
 
 def write_gguf(model: transformers.PreTrainedModel, path: Path) -> str:
@@ -103,9 +120,15 @@ def write_gguf(model: transformers.PreTrainedModel, path: Path) -> str:
             values = interleave(values, heads)
         if architecture == "gemma3" and name.endswith("norm.weight"):
             values = values + 1
-        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert mapped, name
-        writer.add_tensor(mapped, np.ascontiguousarray(values))
+        prefix, _, last = name.rpartition(".")
+        if last in MERGED:
+            parts = zip(MERGED[last], np.split(values, 2, 1), strict=True)
+        else:
+            parts = [(last, values)]
+        for part, some in parts:
+            mapped = names.get_name(f"{prefix}.{part}", try_suffixes=(".weight", ".bias"))
+            assert mapped, name
+            writer.add_tensor(mapped if mapped.endswith((".weight", ".bias")) else f"{mapped}.weight", np.ascontiguousarray(some))
     if config_rope(config)["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(model))
     writer.write_header_to_file()
@@ -128,13 +151,20 @@ def write_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if config.model_type == "llama":
+    if config.model_type in ("llama", "mixtral"):
         writer.add_rope_dimension_count(head_dim)
     if head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if (window := getattr(config, "sliding_window", None)) is not None:
         writer.add_sliding_window(window)
+    if (experts := getattr(config, "num_local_experts", None)) is not None:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if config.model_type == "qwen3_moe":
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+            if not config.norm_topk_prob:
+                writer.add_expert_weights_norm(False)
     settings = config_rope(config)
     writer.add_rope_freq_base(settings["rope_theta"])
     if settings["rope_type"] in ("linear", "yarn"):
