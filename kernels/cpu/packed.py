@@ -191,7 +191,7 @@ def _part(engine: "_native.Engine", weights: Sequence[Weight]) -> Part:
     if isinstance(first, Dense):
         return Part(_FORMS[first.dtype], 0, False, 0, outputs, inputs, inputs)
     if isinstance(first, ScaledFloat):
-        halves = all(_are_halves(weight.scales) for weight in weights)
+        halves = all(isinstance(weight, ScaledFloat) and _are_halves(weight.scales) for weight in weights)
         return Part(_E4M3, _F16_SCALES if halves else _F32_SCALES, False, 0, outputs, inputs, first.block[1])
     form, scales, offset = engine.choose([_rows(weight) for weight in weights], inputs, first.group)
     return Part(form, scales, first.minimums is not None or first.zeros is not None, offset, outputs, inputs, first.group)
