@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.002
 """By how much the event loop's timers may be early."""
+MOST_HOLD_S, HOLD_OF_DRAIN = 0.2, 0.05
+"""For how long one refusal by a full queue may speak for all: seconds, and as a share of the time in which what waits would be started, so
+that the queue is never found empty."""
 NO_LOGITS = "the model gave no valid logits for this request (not a number, or nothing but minus infinity): other requests are not affected"
 QUARANTINED = "a worker process died whenever it ran this request, so it is not run again: other requests are not affected"
 
@@ -164,8 +167,9 @@ class Scheduler:
             self._refuse(submit, 503, "draining", "the engine is draining and takes no new requests: try again in a moment", 5.0)
             return
         if not submit.emitted and (full := self._too_much(submit)):
+            what, hold = full
             wait = self._time_to_drain()
-            self._refuse(submit, 429, "overloaded", f"{full} already: try again in {wait:.0f} s", wait)
+            self._refuse(submit, 429, "overloaded", f"{what} already: try again in {wait:.0f} s", wait, min(hold, wait * HOLD_OF_DRAIN))
             return
         entry = self._journal.open(submit, time.monotonic())
         self._tenants.arrive(submit.tenant)
@@ -174,14 +178,15 @@ class Scheduler:
         if self._epoch is not None:
             self._enqueue(entry, self._epoch.ledger)
 
-    def _too_much(self, submit: Submit) -> str | None:
-        """What there is too much of to take one more request; None when there is room."""
+    def _too_much(self, submit: Submit) -> tuple[str, float] | None:
+        """What there is too much of to take one more request, and for how long, in seconds, any other will be told the same. None when
+        there is room."""
         # Places that are free belong to those who wait for the next step.
         if len(self._journal) >= self._limits.max_running + self._max_waiting:
-            return f"{self._queued} requests are waiting"
+            return f"{self._queued} requests are waiting", MOST_HOLD_S
         waiting = self._waiting.prompt_tokens if self._epoch else self._journal.prompt_tokens
         if self._journal and waiting + len(submit.prompt) > self._max_waiting_tokens + self._limits.max_step_tokens:
-            return f"requests with {waiting} prompt tokens are waiting"
+            return f"requests with {waiting} prompt tokens are waiting", 0.0  # a shorter one may fit
         return None
 
     def _time_to_drain(self) -> float:
@@ -257,9 +262,9 @@ class Scheduler:
         sequence.suspect = entry.suspect
         self._waiting.add(sequence)
 
-    def _refuse(self, submit: Submit, status: int, code: str, message: str, retry_after: float | None = None) -> None:
+    def _refuse(self, submit: Submit, status: int, code: str, message: str, retry_after: float | None = None, hold_s: float = 0.0) -> None:
         self._meters.refused(code)
-        self._process.send(submit.reply_to, Refused(submit.request, status, code, message, retry_after))
+        self._process.send(submit.reply_to, Refused(submit.request, status, code, message, retry_after, hold_s))
 
     def _cancel(self, request: int, reason: str) -> None:
         if entry := self._close(request, reason):

@@ -222,6 +222,7 @@ async def test_a_full_queue_refuses_with_a_time_to_wait(stage):
     refusal = stage.tokenizer.refused[5]
     assert refusal.status == 429
     assert refusal.retry_after >= 1
+    assert 0 < refusal.hold_s <= 0.2, "others would be told the same"
     stage.start_worker()
     await stage.tokenizer.all_ended([1, 2, 3, 4])
 
@@ -444,6 +445,7 @@ async def test_a_queue_is_full_of_tokens_too(stage):
     await stage.tokenizer.until(lambda _: 2 in stage.tokenizer.refused)
     assert stage.tokenizer.refused[2].status == 429
     assert "4000 prompt tokens are waiting" in stage.tokenizer.refused[2].message
+    assert stage.tokenizer.refused[2].hold_s == 0, "a shorter one may fit"
 
 
 async def test_the_request_log_tells_what_became_of_each(stage, tmp_path):
