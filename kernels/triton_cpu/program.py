@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Unsupported, Value
+from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Unsupported, Value, parts
 
 SHORT, LONGEST = 300, 3000
 """Signs of C++ above which an element that is used more than once, or once, is computed where it stands."""
@@ -38,6 +38,8 @@ class Program:
     scopes: list[dict[str, Value]] = field(default_factory=lambda: [{}])
     owned: list[set[str]] = field(default_factory=lambda: [set()])
     """Arrays made in each open block."""
+    blocks: dict[str, list[Value]] = field(default_factory=dict)
+    """What branches to a block pass to it, by its label."""
     uses: Counter[str] = field(default_factory=Counter)
     places: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -82,7 +84,7 @@ class Program:
         """Scratch for a tile; in the innermost block."""
         name = self.fresh("t")
         self.declared.append(f"{type.c}* {name} = reinterpret_cast<{type.c}*>(scratch + {self.scratch});")
-        self.scratch += -(-type.size * 8 // 64) * 64
+        self.scratch += -(-type.size * type.width // 64) * 64
         self.owned[-1].add(name)
         return name
 
@@ -160,8 +162,10 @@ class Program:
                 return number
             reference = re.search(r"loc\((#loc\d*)\)\s*\{?$", line)
             line = re.sub(r"\s*loc\([^()]*(?:\([^()]*\))*\)", "", line).rstrip()
-            if match := re.match(r"\^(bb\d+)", line):
+            if match := re.match(r"\^(bb\d+)(?:\((.*)\))?:", line):
                 self.emit(f"}} {match[1]}: {{")
+                names = [one.split(":")[0] for one in parts(match[2])] if match[2] else []
+                self.scopes[-1] |= zip(names, self.blocks.get(match[1], []), strict=True)
                 number += 1
                 continue
             match = re.match(r"(?:(%[\w$.-]+(?:, %[\w$.-]+)*)(?::(\d+))? = )?\"?([a-z]+\.[\w.]+)\"?(.*)$", line)

@@ -63,6 +63,11 @@ class Type:
             return f"{STORED[self.element]}*"
         return "float" if self.element in ROUNDED else "bool" if self.element == "i1" else STORED[self.element]
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element in a program."""
+        return 8 if self.pointer else 4 if self.element in ROUNDED else BYTES[self.element]
+
     def rounded(self, expression: str) -> str:
         return f"{ROUNDED[self.element]}({expression})" if not self.pointer and self.element in ROUNDED else expression
 
