@@ -22,7 +22,7 @@ def _for(to: Program, op: Operation, number: int) -> int:
     kind = Type((), match[7] or "i32")
     inside[variable] = Value(kind, lambda index: counter)
     to.emit(f"for ({kind.c} {counter} = {begin.at([])}; {counter} < {end.at([])}; {counter} += {step.at([])}) {{")
-    end_line = to.nested(number + 1, inside, lambda names: _carry(to, cells, names))
+    end_line = to.nested(number + 1, inside, lambda names: _carry(to, cells, names), [name for name, _ in carried])
     to.emit("}")
     for name, cell in zip(op.results, cells, strict=True):
         to.scopes[-1][name] = cell

@@ -83,6 +83,8 @@ class Value:
     """The name of the array that holds it."""
     base: str = "-1"
     """For pointers, in C++: the number of the tensor they were made from, -1 where that is not known."""
+    near: int | None = None
+    """For indices and pointers: an axis along which neighbours seem to differ by one. Loops over memory run along it."""
 
 
 @dataclass(slots=True)
