@@ -57,7 +57,8 @@ def _infix(to: Program, op: Operation, number: int) -> None:
             return f"static_cast<{type.c}>({SHIFTS[sign]}({a}, {b}))"
         return f"static_cast<{type.c}>({a} {sign} {b})"
 
-    value = Value(type, at, left.cheap and right.cheap and not type.is_float)
+    near = (right.near if left.near is None else left.near) if op.name == "arith.addi" else None
+    value = Value(type, at, left.cheap and right.cheap and not type.is_float, near=near)
     if op.name in COSTLY and type.shape:
         value = to.hold(value)
     to.define(op.results[0], value)
@@ -222,7 +223,7 @@ def _converted(to: Program, op: Operation, number: int) -> None:
             expression = f"-static_cast<int>({expression})"
         return type.rounded(f"static_cast<{type.c}>({expression})")
 
-    to.define(op.results[0], Value(type, at, x.cheap and not type.is_float))
+    to.define(op.results[0], Value(type, at, x.cheap and not type.is_float, near=x.near))
 
 
 @lowers("arith.bitcast", "tt.bitcast")

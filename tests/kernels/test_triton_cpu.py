@@ -135,6 +135,34 @@ def test_loops_branches_and_reductions_do_what_they_say():
 
 
 @triton.jit
+def capped(x, limit):
+    largest = tl.max(x, 0)
+    if largest > limit:
+        if largest > 2 * limit:
+            return x * 0, 2
+        return x / largest * limit, 1
+    return x, 0
+
+
+@triton.jit
+def capped_kernel(X, Y, HOW, limit, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) == 3:
+        return
+    y, how = capped(tl.load(X + at), limit)
+    tl.store(Y + at, y)
+    tl.store(HOW + tl.program_id(0), how)
+
+
+def test_functions_and_kernels_may_return_early():
+    x = torch.tensor([[1.0, 2.0], [8.0, 2.0], [9.0, 1.0], [1.0, 1.0]])
+    y, how = torch.full((4, 2), -1.0), torch.full((4,), -1, dtype=torch.int32)
+    capped_kernel[(4,)](x, y, how, 4.0, BLOCK=2)
+    assert y.tolist() == [[1.0, 2.0], [4.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]
+    assert how.tolist() == [0, 1, 2, -1]
+
+
+@triton.jit
 def divide_kernel(X, D, Y, Z, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x, d = tl.load(X + at), tl.load(D + at)
