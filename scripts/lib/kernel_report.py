@@ -258,7 +258,10 @@ def main() -> None:
     if arguments.write:
         known = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
         for target, kernels in now.items():
-            known[target] = dict(sorted((known.get(target, {}) | kernels).items()))
+            others = {
+                name: one for name, one in known.get(target, {}).items() if not name.startswith(tuple(f"{m} " for m in arguments.model))
+            }
+            known[target] = dict(sorted((others | kernels).items()))
         BUDGET.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     for line in wrong if arguments.check else ():
         print("over budget:", line, file=sys.stderr)
