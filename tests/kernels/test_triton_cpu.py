@@ -269,6 +269,15 @@ def test_checks_find_programs_that_write_parts_of_one_place(checks):
         uneven_kernel[(2,)](out, out.view(torch.int16))
 
 
+def test_checks_know_the_memory_of_a_tensor_that_is_seen_as_another_type(checks):
+    codes = torch.randint(0, 120, (64,), generator=torch.Generator().manual_seed(6)).to(torch.uint8)
+    out = torch.empty(64)
+    convert_kernel[(1,)](triton.reinterpret(codes, tl.float8e4nv), out, 64, BLOCK=64)
+    assert torch.equal(out, codes.view(torch.float8_e4m3fn).float())
+    with pytest.raises(IndexError, match="64 bytes from the begin of X"):
+        convert_kernel[(1,)](triton.reinterpret(codes, tl.float8e4nv), out, 65, BLOCK=128)
+
+
 @triton.jit
 def slipping_kernel(X, Y, ROUND: tl.constexpr):
     x = tl.load(X + tl.arange(0, 64))
