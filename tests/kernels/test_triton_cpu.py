@@ -135,6 +135,30 @@ def test_loops_branches_and_reductions_do_what_they_say():
 
 
 @triton.jit
+def repeated_kernel(X, Y, CODES, OUT, BLOCK: tl.constexpr, TIMES: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    one, x, i = tl.load(X), tl.load(X + at), tl.load(CODES + at)
+    for _ in tl.static_range(TIMES):
+        one = one * one - one
+        x = x * x - x
+        i = i * i - (i >> 3)
+    tl.store(Y + at, x)
+    tl.store(Y + BLOCK, one)
+    tl.store(OUT + at, i)
+
+
+def test_values_that_are_used_again_are_computed_once():
+    # Written out where they are used, they would double with every step.
+    x, y = torch.rand(16, generator=torch.Generator().manual_seed(6)), torch.empty(17)
+    i, j = torch.arange(16, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    repeated_kernel[(1,)](x, y, i, j, BLOCK=16, TIMES=60)
+    for _ in range(60):
+        x, i = x * x - x, i * i - (i >> 3)
+    assert torch.equal(y, torch.cat([x, x[:1]]))
+    assert torch.equal(j, i)
+
+
+@triton.jit
 def capped(x, limit):
     largest = tl.max(x, 0)
     if largest > limit:
