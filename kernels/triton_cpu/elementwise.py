@@ -164,6 +164,16 @@ def _called(to: Program, op: Operation, number: int) -> None:
     to.define(op.results[0], Value(type, lambda index: type.rounded(f"static_cast<{type.c}>({call}({x.at(index)}))"), False))
 
 
+@lowers("tt.extern_elementwise")
+def _external(to: Program, op: Operation, number: int) -> None:
+    match = re.search(r'symbol = "([^"]*)"', op.text)
+    assert match, op.text
+    if not match[1].startswith("std::"):  # what is not of libdevice.py
+        raise Unsupported(f"{to.name}: {match[1]} has no lowering on the CPU ({to.lines[op.line]})")
+    operands = Operation([], "", op.text.split(" {")[0], 0).operands(to.value)
+    to.define(op.results[0], Value(op.result, lambda i: f"{match[1]}({', '.join(one.at(i) for one in operands)})", False))
+
+
 @lowers("math.fma")
 def _fma(to: Program, op: Operation, number: int) -> None:
     a, b, c = op.operands(to.value)

@@ -119,14 +119,14 @@ class Program:
         self.emit(f"{loops}{{ {statement(index)} }}")
 
     def define(self, name: str, value: Value) -> None:
-        """Give a result its name: scalars are computed now, tiles where they are used, if that is once or they are cheap and short."""
-        if not value.type.shape:
-            if value.array is None and value.cheap:
-                value = self.scalar(value.type, value.at([]), value.base)
-        elif value.array is None:
+        """Give a result its name. It is computed now if it is a cheap scalar, long, or used again and dear; else where it is used."""
+        if value.array is None:
             length = len(value.at([f"i{axis}" for axis in range(len(value.type.shape))]))
-            if length > (LONGEST if self.uses[name] == 1 else SHORT if value.cheap else 0):
+            long = length > (LONGEST if self.uses[name] == 1 else SHORT if value.cheap else 0)
+            if value.type.shape and long:
                 value = self.hold(value)
+            elif not value.type.shape and (value.cheap or long):
+                value = self.scalar(value.type, value.at([]), value.base)
         self.scopes[-1][name] = value
 
     def line_of(self, reference: str | None) -> int:

@@ -135,6 +135,30 @@ def test_loops_branches_and_reductions_do_what_they_say():
 
 
 @triton.jit
+def repeated_kernel(X, Y, CODES, OUT, BLOCK: tl.constexpr, TIMES: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    one, x, i = tl.load(X), tl.load(X + at), tl.load(CODES + at)
+    for _ in tl.static_range(TIMES):
+        one = one * one - one
+        x = x * x - x
+        i = i * i - (i >> 3)
+    tl.store(Y + at, x)
+    tl.store(Y + BLOCK, one)
+    tl.store(OUT + at, i)
+
+
+def test_values_that_are_used_again_are_computed_once():
+    # Written out where they are used, they would double with every step.
+    x, y = torch.rand(16, generator=torch.Generator().manual_seed(6)), torch.empty(17)
+    i, j = torch.arange(16, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    repeated_kernel[(1,)](x, y, i, j, BLOCK=16, TIMES=60)
+    for _ in range(60):
+        x, i = x * x - x, i * i - (i >> 3)
+    assert torch.equal(y, torch.cat([x, x[:1]]))
+    assert torch.equal(j, i)
+
+
+@triton.jit
 def capped(x, limit):
     largest = tl.max(x, 0)
     if largest > limit:
@@ -267,6 +291,15 @@ def test_checks_find_programs_that_write_parts_of_one_place(checks):
     out = torch.empty(4, 32)
     with pytest.raises(MemoryError, match="uneven_kernel: programs race"):
         uneven_kernel[(2,)](out, out.view(torch.int16))
+
+
+def test_checks_know_the_memory_of_a_tensor_that_is_seen_as_another_type(checks):
+    codes = torch.randint(0, 120, (64,), generator=torch.Generator().manual_seed(6)).to(torch.uint8)
+    out = torch.empty(64)
+    convert_kernel[(1,)](triton.reinterpret(codes, tl.float8e4nv), out, 64, BLOCK=64)
+    assert torch.equal(out, codes.view(torch.float8_e4m3fn).float())
+    with pytest.raises(IndexError, match="64 bytes from the begin of X"):
+        convert_kernel[(1,)](triton.reinterpret(codes, tl.float8e4nv), out, 65, BLOCK=128)
 
 
 @triton.jit
