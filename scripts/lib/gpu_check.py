@@ -29,9 +29,10 @@ from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.triton.weights import DeviceWeight
 from headrace.kernels.weights import Dense, InputRounding, Weight
-from headrace.workers.model.config import DecoderConfig, LayerConfig, RopeConfig
+from headrace.workers.model.config import DecoderConfig
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.names import HUGGINGFACE
+from scripts.lib.step_model import Shapes, plain_llama
 from tests.kernels import triton_parity
 from tests.kernels.draws import batch_of
 from tests.serving import Command
@@ -39,48 +40,20 @@ from tests.serving import Command
 DEVICE = torch.device("cuda")
 
 
-def config(hidden: int, heads: int, kv_heads: int, mlp: int, layers: int, vocabulary: int, head_dim: int) -> DecoderConfig:
-    """A plain Llama of these sizes."""
-    frequencies = (10000.0 ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-    layer = LayerConfig(None, RopeConfig(frequencies, False))
-    return DecoderConfig("llama", vocabulary, hidden, heads, kv_heads, head_dim, mlp, 8192, 1e-5, "silu", head_dim**-0.5, (layer,) * layers)
+LLAMA_8B = plain_llama(4096, 32, 8, 14336, 32, 128256, 128)
+SMALL = plain_llama(256, 8, 2, 704, 4, 1000, 32)
 
 
-LLAMA_8B = config(4096, 32, 8, 14336, 32, 128256, 128)
-SMALL = config(256, 8, 2, 704, 4, 1000, 32)
-
-
-class RandomCheckpoint:
-    """Weights of a `config`, the same for the same name."""
-
-    format, metadata = "huggingface", {}
+class RandomCheckpoint(Shapes):
+    """Weights of a plain Llama, the same for the same name."""
 
     def __init__(self, described: DecoderConfig, dtype: torch.dtype) -> None:
-        c, self.dtype = described, dtype
-        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        n = HUGGINGFACE
-        self.shapes: dict[str, tuple[int, ...]] = {
-            n.embedding: (c.vocab_size, c.hidden),
-            n.head: (c.vocab_size, c.hidden),
-            n.final_norm: (c.hidden,),
-        }
-        for layer in range(len(c.layers)):
-            each = {n.q: (q, c.hidden), n.k: (kv, c.hidden), n.v: (kv, c.hidden), n.o: (c.hidden, q), n.gate: (c.mlp, c.hidden)}
-            each |= {n.up: (c.mlp, c.hidden), n.down: (c.hidden, c.mlp), n.attention_norm: (c.hidden,), n.mlp_norm: (c.hidden,)}
-            self.shapes |= {name.format(layer): shape for name, shape in each.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[name]
+        super().__init__(described)
+        self.dtype = dtype
 
     def weight(self, name: str) -> Weight:
         values = torch.randn(self.shapes[name], generator=torch.Generator().manual_seed(sum(name.encode()))) / self.shapes[name][1] ** 0.5
         return triton_parity.dense(values.to(self.dtype))
-
-    def vector(self, name: str) -> np.ndarray:
-        return np.ones(self.shapes[name], np.float32)
 
 
 class OnDevice(TritonBackend):

@@ -26,6 +26,8 @@ from headrace.kernels.triton.step import StepTokens, Tiles
 from headrace.kernels.triton.tiles import QUERY_ROWS
 from headrace.kernels.triton.weights import DeviceWeight
 from headrace.kernels.weights import InputRounding
+from scripts.lib import step_model
+from scripts.lib.step_model import plain_llama
 
 META = torch.device("meta")
 BUDGET = Path(__file__).parents[2] / "kernels" / "triton" / "budget.json"
@@ -56,6 +58,8 @@ MODELS = {
     "Qwen3-32B/TP4": Shape(5120, HeadShape(16, 2, 128), 6400, 37984, qk_norm=True),
     "Qwen3-30B-A3B": Shape(2048, HeadShape(32, 4, 128), 768, 151936, qk_norm=True, experts=128),
 }
+
+LLAMA_8B = plain_llama(4096, 32, 8, 14336, 32, 128256, 128)
 
 Launch = Callable[[TritonOps], object]
 
@@ -185,6 +189,11 @@ def compiled(model: str, target: str) -> Iterator[tuple[str, Compiled]]:
             yield f"{name}: {kernel.name}", kernel
 
 
+def decode_steps() -> list[step_model.Step]:
+    """Of Llama-3-8B, see `step_model.table`."""
+    return step_model.table(lambda form: lambda n, k: weight(n, k, form, "sm_90"), LLAMA_8B, step_model.Shapes(LLAMA_8B))
+
+
 def figures(kernel: Compiled) -> dict:
     if kernel.error is not None:
         return {"error": kernel.error.strip().splitlines()[-1][:160]}
@@ -253,14 +262,23 @@ def main() -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--check", action="store_true", help="exit with 1 where the budget is broken")
     group.add_argument("--write", action="store_true", help="make what there is now the budget, for these models and targets")
+    group.add_argument(
+        "--step", action="store_true", help="instead: what decode steps of Llama-3-8B move, and a model of how long they take"
+    )
     arguments = parser.parse_args()
+    if arguments.step:
+        print(
+            f"Llama-3-8B, requests of 2,048 tokens, keys and values in bfloat16, by the data sheet of the {step_model.H100.name} (a model):"
+        )
+        for one in step_model.table(lambda form: lambda n, k: weight(n, k, form, "sm_90"), LLAMA_8B, step_model.Shapes(LLAMA_8B)):
+            print(step_model.line_of(one))
+        return
     wrong, now = check(arguments.model, arguments.target, lambda line: print(line, flush=True))
     if arguments.write:
         known = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
         for target, kernels in now.items():
-            others = {
-                name: one for name, one in known.get(target, {}).items() if not name.startswith(tuple(f"{m} " for m in arguments.model))
-            }
+            written = tuple(f"{model} " for model in arguments.model)
+            others = {name: one for name, one in known.get(target, {}).items() if not name.startswith(written)}
             known[target] = dict(sorted((others | kernels).items()))
         BUDGET.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     for line in wrong if arguments.check else ():
