@@ -95,6 +95,8 @@ class TritonBackend:
     def __init__(self, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, rounds_inputs: bool = True) -> None:
         self.device, self.dtype, self._rounds_inputs = torch.device(device), dtype, rounds_inputs
         self._prepared: dict[str, Prepared] = {}
+        self.vocabulary = 0
+        """Rows of the embedding table."""
 
     def keep(self, folder: Path, version: str) -> None:
         """Nothing is kept: weights go to the device as they are stored."""
@@ -110,7 +112,9 @@ class TritonBackend:
         return self._prepared[name]
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Prepared:
-        return self.prepare(name, lambda: [weight()])
+        table = self.prepare(name, lambda: [weight()])
+        self.vocabulary = sum(part.outputs for part in table)
+        return table
 
     def prepare_vector(self, values: np.ndarray) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
@@ -147,6 +151,7 @@ class TritonProgram:
 
     def __init__(self, backend: TritonBackend, model: Model, kv: Sequence[KVPages]) -> None:
         self._model, self._kv, self._device = model, kv, backend.device
+        self._vocabulary = backend.vocabulary
         self._ops = TritonOps(backend.dtype, backend.dtype)
         self._head = TritonOps(backend.dtype, torch.float32)
         self._hidden: torch.Tensor | None = None
@@ -154,6 +159,7 @@ class TritonProgram:
 
     @torch.inference_mode()
     def run(self, batch: Batch, picks: np.ndarray) -> torch.Tensor:
+        check_indices(batch, picks, self._vocabulary, self._kv[0])
         if self._graphs is not None and self._graphs.fits(batch):
             self._hidden, logits = self._graphs.replay(batch)
             return logits if len(picks) == len(logits) else logits.index_select(0, self._rows(picks))
@@ -171,3 +177,16 @@ class TritonProgram:
 
     def _rows(self, picks: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(picks).to(self._device)
+
+
+def check_indices(batch: Batch, picks: np.ndarray, vocabulary: int, kv: KVPages) -> None:
+    """ValueError where a kernel would read or write beside what there is."""
+    tokens, pages = len(batch.ids), kv.keys.shape[0]
+    limits = {"ids": (batch.ids, vocabulary), "slots": (batch.slots, pages * kv.page_size), "pages": (batch.pages, pages)}
+    limits |= {"positions": (batch.positions, batch.pages.shape[1] * kv.page_size), "picks": (picks, tokens)}
+    for name, (values, limit) in limits.items():
+        if values.size and not (values.min() >= 0 and values.max() < limit):
+            raise ValueError(f"{name} from {values.min()} to {values.max()}: they must be from 0 to {limit - 1}")
+    starts = batch.query_start
+    if starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) < 0).any() or len(starts) != len(batch.pages) + 1:
+        raise ValueError(f"query_start {starts.tolist()} does not part {tokens} tokens among {len(batch.pages)} requests")
