@@ -164,10 +164,13 @@ def route(logits: torch.Tensor, used: int, renormalize: bool) -> Routing:
 
 
 def prepare_experts(experts: int, stacks: Sequence[Sequence[Weight]], device: torch.device, rounds_inputs: bool) -> list[DeviceWeight]:
-    """A layer's weights of so many experts, `DeviceWeight.experts` of them in each part. ValueError where experts differ."""
+    """A layer's weights of so many experts, `DeviceWeight.experts` of them in each part. Inputs are not rounded where every expert wants
+    that by another scale. ValueError where experts differ in anything else."""
     if len(stacks) != experts:
         raise ValueError(f"there are weights of {len(stacks)} experts: it must be {experts}")
     each = [prepare(stack, None, device, rounds_inputs) for stack in stacks]
+    if rounds_inputs and len({part.rounding for parts in each for part in parts}) > 1:
+        return prepare_experts(experts, stacks, device, False)
     if len(forms := {tuple(_form(part) for part in parts) for parts in each}) != 1:
         raise ValueError(f"experts must have weights of one form, not of {sorted(map(str, forms))}")
     return [_together(parts) for parts in zip(*each, strict=True)]

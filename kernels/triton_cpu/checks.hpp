@@ -1,6 +1,6 @@
 // What a launch finds: failed assertions, and in a checked launch every access beside the tensors that were passed and every race.
 //
-//   a place of a tensor:  last plain store | last atomic | last loads of two programs | what was released here
+//   a place of a tensor:  last plain store | last load      and, where there is more to say:  last load by another | last atomic | release
 //
 // The programs of a checked launch run one after another, so that what is found depends on the kernel and not on time. Two accesses race when
 // they are of two programs, at least one changes the place, not both are atomic, and nothing orders them. What orders them is an atomic that
@@ -30,11 +30,14 @@ struct Found {
 };
 
 struct Place;
-// A tensor that was passed; `first` is the first of the same memory, whose places serve for both.
+struct More;
+// A tensor that was passed; `first` is the first of the same memory, whose places serve for both. A place has as many bytes as the narrowest
+// access.
 struct Extent {
     char *begin, *end;
-    int32_t first;
+    int32_t first, granule;
     Place* places;
+    More* more;
 };
 
 #ifndef HEADRACE_TRITON_CHECKED
@@ -43,7 +46,7 @@ struct Checks {
     Found* found;
     int program = 0;
 
-    Checks(Extent*, int, int, Found* found, int64_t) : found(found) {}
+    Checks(Extent*, int, const int*, Found* found, int64_t) : found(found) {}
     void begin(int number) { program = number; }
     static constexpr bool allow(const volatile void*, int, int, int, How, bool = false, bool = false) { return true; }
 
@@ -52,7 +55,8 @@ struct Checks {
 // What a program did at a place. `program` is its number plus one; 0 is nobody.
 struct Access {
     uint32_t program;
-    uint16_t line, epoch : 14, how : 2;
+    uint16_t line, epoch : 13, how : 2;
+    uint16_t shared : 1;  // of a load: another program has loaded the place too
 };
 // All that `program` had done up to `epoch`, and what two earlier releases had seen.
 struct Release {
@@ -62,16 +66,21 @@ struct Release {
     Release* next;  // while a graph is walked
     uint32_t walk;  // the last one that came by
 };
+// What most launches have of a place, and what few have: memory that is not touched costs nothing.
 struct Place {
-    Access stored, updated, loaded, loaded_by_another;
+    Access stored, loaded;
+};
+struct More {
+    Access loaded_by_another, updated;
     Release* released;
 };
 
 struct Checks {
-    static constexpr uint32_t LAST_EPOCH = (1 << 14) - 1;
+    static constexpr uint32_t LAST_EPOCH = (1 << 13) - 1;
 
     Extent* extents;
-    int count, granule;  // a place has as many bytes as the kernel's narrowest access
+    int count;
+    bool atomics = false;  // whether there was one
     Found* found;
     int program = 0;
     uint32_t epoch = 1;
@@ -84,13 +93,20 @@ struct Checks {
     uint32_t walks = 0;
     int64_t programs;
 
-    Checks(Extent* extents, int count, int granule, Found* found, int64_t programs)
-        : extents(extents), count(count), granule(granule), found(found), programs(programs) {
+    Checks(Extent* extents, int count, const int* granules, Found* found, int64_t programs)
+        : extents(extents), count(count), found(found), programs(programs) {
+        for (int i = 0; i < count; i++) extents[i].granule = granules[i];
         for (int i = 0; i < count; i++)
-            if (extents[i].first == i) extents[i].places = static_cast<Place*>(std::calloc((extents[i].end - extents[i].begin) / granule + 1, sizeof(Place)));
+            if (Extent& first = extents[extents[i].first]; granules[i] < first.granule) first.granule = granules[i];
+        for (Extent* one = extents; one < extents + count; one++) {
+            if (one != extents + one->first) continue;
+            const size_t places = (one->end - one->begin) / one->granule + 1;
+            one->places = static_cast<Place*>(std::calloc(places, sizeof(Place)));
+            one->more = static_cast<More*>(std::calloc(places, sizeof(More)));
+        }
     }
     ~Checks() {
-        for (int i = 0; i < count; i++) std::free(extents[i].places);
+        for (int i = 0; i < count; i++) std::free(extents[i].places), std::free(extents[i].more);
         while (latest) delete std::exchange(latest, latest->made_before);
         std::free(seen);
     }
@@ -115,13 +131,16 @@ struct Checks {
             epoch += epoch < LAST_EPOCH;
             released_at = -1;
         }
-        const Access now{static_cast<uint32_t>(program) + 1, static_cast<uint16_t>(line), static_cast<uint16_t>(epoch), static_cast<uint16_t>(how)};
-        for (int64_t offset = p - extents[tensor].begin, end = offset + size; offset < end; offset += granule) {
-            Place& place = extents[extents[tensor].first].places[offset / granule];
-            if (const Access* other = race(place, now, how)) tell(Kind::RACE, line, tensor, offset, how, *other);
-            note(place, now, how);
-            if (acquires && place.released) know(place.released);
-            if (releases) place.released = release(line, acquires ? nullptr : place.released);
+        atomics |= how == How::ATOMIC;
+        const Access now{static_cast<uint32_t>(program) + 1, static_cast<uint16_t>(line), static_cast<uint16_t>(epoch), static_cast<uint16_t>(how), 0};
+        const Extent& memory = extents[extents[tensor].first];
+        for (int64_t offset = p - memory.begin, end = offset + size; offset < end; offset += memory.granule) {
+            Place& place = memory.places[offset / memory.granule];
+            More& more = memory.more[offset / memory.granule];
+            if (const Access* other = race(place, more, now, how)) tell(Kind::RACE, line, tensor, offset, how, *other);
+            note(place, more, now, how);
+            if (acquires && more.released) know(more.released);
+            if (releases) more.released = release(line, acquires ? nullptr : more.released);
         }
         return true;
     }
@@ -133,20 +152,28 @@ private:
         return -1;
     }
 
-    const Access* race(const Place& place, const Access& now, How how) {
+    const Access* race(const Place& place, const More& more, const Access& now, How how) {
         if (unordered(place.stored, now)) return &place.stored;
-        if ((how == How::LOAD || how == How::STORE) && unordered(place.updated, now)) return &place.updated;
-        if (how == How::STORE || how == How::ATOMIC)
-            for (const Access* one : {&place.loaded, &place.loaded_by_another})
-                if (!(how == How::ATOMIC && static_cast<How>(one->how) == How::WATCH) && unordered(*one, now)) return one;
-        return nullptr;
+        if (atomics && (how == How::LOAD || how == How::STORE) && unordered(more.updated, now)) return &more.updated;
+        if (how == How::LOAD || how == How::WATCH) return nullptr;
+        const auto races = [&](const Access& load) { return !(how == How::ATOMIC && static_cast<How>(load.how) == How::WATCH) && unordered(load, now); };
+        if (races(place.loaded)) return &place.loaded;
+        return place.loaded.shared && races(more.loaded_by_another) ? &more.loaded_by_another : nullptr;
     }
 
-    static void note(Place& place, const Access& now, How how) {
-        if (how == How::STORE) place = {now, {}, {}, {}, nullptr};
-        else if (how == How::ATOMIC) place.updated = now;
-        else if (place.loaded.program != now.program) place.loaded_by_another = place.loaded, place.loaded = now;
-        else if (how == How::LOAD || static_cast<How>(place.loaded.how) == How::WATCH) place.loaded = now;
+    void note(Place& place, More& more, const Access& now, How how) {
+        if (how == How::STORE) {
+            place = {now, {}};
+            if (atomics) more.updated = {}, more.released = nullptr;
+        } else if (how == How::ATOMIC) {
+            more.updated = now;
+        } else {
+            const bool other = place.loaded.program != 0 && place.loaded.program != now.program, shared = other || place.loaded.shared;
+            if (other) more.loaded_by_another = place.loaded;
+            // A plain load says more than one that watches.
+            if (other || how == How::LOAD || static_cast<How>(place.loaded.how) != How::LOAD || place.loaded.program == 0) place.loaded = now;
+            place.loaded.shared = shared;
+        }
     }
 
     bool unordered(const Access& before, const Access& now) {

@@ -33,7 +33,14 @@ _DID = ("reads", "writes", "updates atomically", "watches")
 
 
 class _Extent(ctypes.Structure):
-    _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("first", ctypes.c_int32), ("places", ctypes.c_void_p))
+    _fields_ = (
+        ("begin", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+        ("first", ctypes.c_int32),
+        ("granule", ctypes.c_int32),
+        ("places", ctypes.c_void_p),
+        ("more", ctypes.c_void_p),
+    )
 
 
 class _Found(ctypes.Structure):
@@ -123,7 +130,7 @@ def _extents(tensors: list[torch.Tensor | None]) -> ctypes.Array:
     for place, tensor in enumerate(tensors):
         if tensor is not None:
             begin, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-            extents[place] = _Extent(begin, begin + size, firsts.setdefault((begin, size), place), None)
+            extents[place] = _Extent(begin, begin + size, firsts.setdefault((begin, size), place))
         else:
             extents[place].first = place
     return extents

@@ -6,7 +6,7 @@ Every access says the line and the tensor that its pointer was made from, for ch
 from collections.abc import Callable
 
 from headrace.kernels.triton_cpu.program import Program, lowers
-from headrace.kernels.triton_cpu.tile_ir import BYTES, Index, Operation, Type, Value, parts
+from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Value, parts
 
 
 @lowers("tt.addptr")
@@ -30,16 +30,16 @@ def _number(to: Program, op: Operation, number: int) -> None:
     to.define(op.results[0], Value(op.result, lambda index: f"reinterpret_cast<{op.result.c}>({x.at(index)})", x.cheap))
 
 
-def _element(to: Program, pointers: Type) -> Type:
+def _element(to: Program, pointer: Value) -> Type:
     """What such pointers point to; the access is noted."""
-    to.granule = min(to.granule, BYTES[pointers.element])
-    return Type(pointers.shape, pointers.element)
+    to.accessed(pointer.type, pointer.base)
+    return Type(pointer.type.shape, pointer.type.element)
 
 
 @lowers("tt.load")
 def _load(to: Program, op: Operation, number: int) -> None:
     pointer, *rest = op.operands(to.value)
-    type = _element(to, op.type)
+    type = _element(to, pointer)
     call = "watch" if "isVolatile = true" in op.text else "load"
     get = lambda index: f"{call}(checks, {pointer.at(index)}, {op.line}, {pointer.base})"  # noqa: E731
     mask, other = (rest[0] if rest else None), (rest[1] if len(rest) > 1 else None)
@@ -69,7 +69,7 @@ def _load(to: Program, op: Operation, number: int) -> None:
 @lowers("tt.store")
 def _store(to: Program, op: Operation, number: int) -> None:
     pointer, value, *rest = op.operands(to.value)
-    type = _element(to, op.type)
+    type = _element(to, pointer)
     store = lambda index: f"store(checks, {pointer.at(index)}, {value.at(index)}, {op.line}, {pointer.base});"  # noqa: E731
     guarded = (lambda index: f"if ({rest[0].at(index)}) {store(index)}") if rest else store
     if type.shape:
@@ -126,7 +126,7 @@ def _exchanged(to: Program, op: Operation, number: int) -> None:
 
 def _done(to: Program, op: Operation, pointer: Value, call: Callable[[Index], str], mask: Value | None) -> None:
     """An atomic is done where it stands and once, element by element; what it returns where it is masked is 0."""
-    type = _element(to, pointer.type)
+    type = _element(to, pointer)
     at = (lambda index: f"{mask.at(index)} ? {call(index)} : {type.c}{{}}") if mask is not None else call
     if not type.shape:
         to.scopes[-1][op.results[0]] = to.scalar(type, at([]))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Unsupported, Value, parts
+from headrace.kernels.triton_cpu.tile_ir import BYTES, Index, Operation, Type, Unsupported, Value, parts
 
 SHORT, LONGEST = 300, 3000
 """Signs of C++ above which an element that is used more than once, or once, is computed where it stands."""
@@ -48,8 +48,8 @@ class Program:
     messages: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     scratch: int = 0
-    granule: int = 8
-    """Bytes of the narrowest access."""
+    granules: Counter[str] = field(default_factory=Counter)
+    """Bytes of the narrowest access by each tensor's number; -1 is any tensor."""
     count: int = 0
     name: str = ""
     arguments: list[tuple[str, str]] = field(default_factory=list)
@@ -199,6 +199,17 @@ class Program:
         self.scopes.pop()
         return end
 
+    def accessed(self, type: Type, base: str) -> None:
+        """An access to elements of a type, through a pointer of that base."""
+        place = base if base.isdigit() else "-1"
+        self.granules[place] = min(self.granules[place] or 8, BYTES[type.element])
+
+    def _widths(self) -> list[int]:
+        """Of each pointer that is passed, the narrowest access; one more, since C++ has no empty arrays."""
+        pointers = sum(kind.startswith("*") for _, kind in self.arguments)
+        anywhere = self.granules["-1"] or 8
+        return [min(self.granules[str(place)] or 8, anywhere) for place in range(pointers + 1)]
+
     def _source(self) -> str:
         slots = []
         for place, (_, kind) in enumerate(self.arguments):
@@ -218,7 +229,8 @@ class Program:
             "",
             'extern "C" void launch(const int64_t* slots, int g0, int g1, int g2, int threads,',
             "                       Extent* extents, int count, Found* found) {",
-            f"    run<program, {max(64, self.scratch)}, {self.granule}>(slots, g0, g1, g2, threads, extents, count, found);",
+            f"    static constexpr int granules[] = {{{', '.join(str(width) for width in self._widths())}}};",
+            f"    run<program, {max(64, self.scratch)}>(slots, g0, g1, g2, threads, extents, count, granules, found);",
             "}",
         ]
         return "\n".join(lines) + "\n"

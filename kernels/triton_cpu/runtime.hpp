@@ -12,8 +12,8 @@ using Program = void(char* scratch, const int64_t* slots, int p0, int p1, int p2
 
 // Scratch of SIZE bytes a thread; in a checked launch it is NaN (or -1) where a program has not written. Programs begin in order, so one may
 // wait for those before it and never for those behind it.
-template <Program PROGRAM, int64_t SIZE, int GRANULE>
-static void run(const int64_t* slots, int g0, int g1, int g2, int threads, Extent* extents, int count, Found* found) {
+template <Program PROGRAM, int64_t SIZE>
+static void run(const int64_t* slots, int g0, int g1, int g2, int threads, Extent* extents, int count, const int* granules, Found* found) {
     const int64_t all = static_cast<int64_t>(g0) * g1 * g2;
 #ifdef HEADRACE_TRITON_CHECKED
     threads = 1;
@@ -21,7 +21,7 @@ static void run(const int64_t* slots, int g0, int g1, int g2, int threads, Exten
 #pragma omp parallel num_threads(all < threads ? static_cast<int>(all) : threads)
     {
         char* const scratch = static_cast<char*>(std::aligned_alloc(64, SIZE));
-        Checks checks(extents, count, GRANULE, found, all);
+        Checks checks(extents, count, granules, found, all);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < all; i++) {
             if (!found->empty()) continue;

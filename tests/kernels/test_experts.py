@@ -82,6 +82,14 @@ def test_a_number_of_experts_that_there_is_not_is_refused(used):
         mixture(REFERENCE, random(1, HIDDEN), prepared(REFERENCE, ("float32", "float32", "float32")), used)
 
 
+@pytest.mark.parametrize("form", ["float32", "4 bits and minimums"])
+def test_a_row_of_the_reference_does_not_know_who_else_goes_to_its_experts(form):
+    parts, x = prepared(REFERENCE, (form, form, form)), random(70, HIDDEN, seed=5)
+    whole = mixture(REFERENCE, x, parts)
+    for first, last in ((0, 1), (5, 6), (3, 19), (20, 70)):
+        assert torch.equal(mixture(REFERENCE, x[first:last], parts), whole[first:last])
+
+
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 ENGINES = {
     (isa, activations): [NativeOps(threads, isa, activations) for threads in (1, 3)]

@@ -11,11 +11,11 @@ from tests.workers.model.tiny import build
 
 TEXT = torch.randint(3, 199, (150,), generator=torch.Generator().manual_seed(6)).tolist()
 WIDTH = 32
+MODELS: list = [(name, kernels) for kernels in KERNELS for name in ("llama-one-kv-head", "gemma3")]
+MODELS += [("qwen3-moe", "cpu"), pytest.param(("qwen3-moe", "reference"), marks=pytest.mark.slow)]
 
 
-@pytest.fixture(
-    scope="module", params=[(name, kernels) for kernels in KERNELS for name in ("llama-one-kv-head", "qwen3-moe", "gemma3")], ids="-".join
-)
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def loader(request, tmp_path_factory):
     """Loads a tiny model for a number of threads."""
     name, kernels = request.param

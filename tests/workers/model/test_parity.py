@@ -1,5 +1,7 @@
 """Tiny models of every family give transformers' logits at every position and its greedy tokens: on all kernels, from both formats."""
 
+from collections.abc import Collection, Iterable
+
 import pytest
 import torch
 
@@ -19,15 +21,11 @@ IN_GGUF = [name for name in MODELS if name not in WITHOUT_GGUF]
 """The others have no words in a GGUF file for what their config.json says."""
 
 
-SHORT = {("qwen3-moe", "reference"), ("qwen3-moe", "cpu"), ("mixtral", "cpu")}
-"""Of the models with experts, which take longest, what the short tier tries."""
-
-
-def each(names) -> list:
-    """Every name with all kernels."""
+def each(names: Iterable[str], short: Collection[str] = ()) -> list:
+    """Every name with all kernels: those of models with experts on the reference in the long tier, where they are not in `short`."""
     pairs = [(name, kernels) for name in names for kernels in KERNELS]
-    slow = [pair for pair in pairs if pair[0].startswith(("qwen3-moe", "mixtral")) and pair not in SHORT]
-    return [pytest.param(*pair, marks=pytest.mark.slow if pair in slow else ()) for pair in pairs]
+    long = [pair for pair in pairs if pair[0].startswith(("qwen3-moe", "mixtral")) and pair[1] == "reference" and pair[0] not in short]
+    return [pytest.param(*pair, marks=pytest.mark.slow if pair in long else ()) for pair in pairs]
 
 
 def assert_equal_to(model, loaded: Loaded) -> None:
@@ -42,7 +40,7 @@ def assert_equal_to(model, loaded: Loaded) -> None:
     assert continued == chosen[19:-1].tolist()
 
 
-@pytest.mark.parametrize(("name", "kernels"), each(MODELS))
+@pytest.mark.parametrize(("name", "kernels"), each(MODELS, short=["qwen3-moe"]))
 def test_a_hugging_face_directory_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_path):
     model = build(name, tmp_path)
     architecture = model.config.architectures[0]
@@ -58,7 +56,7 @@ def test_a_gguf_file_gives_the_same_logits_and_greedy_tokens(name, kernels, tmp_
     assert_equal_to(model, loaded)
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
 def test_experts_in_one_tensor_give_the_same(name, tmp_path):
     model = build(name, tmp_path, as_published=False)
     checkpoint = SafetensorsCheckpoint(tmp_path)

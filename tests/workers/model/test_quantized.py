@@ -57,6 +57,38 @@ def test_a_quantized_model_gives_the_logits_of_its_values(name: str, tmp_path: P
         assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+def build_experts(name: str, directory: Path) -> torch.Tensor:
+    """The same of a mixture of experts, each of which is a layer of its own in the file."""
+    form, rng = FORMATS[name], np.random.default_rng(7)
+    torch.manual_seed(7)
+    sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32, "norm_topk_prob": True}
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes)).eval()
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        if ".experts." not in key:
+            tensors[key] = tensor.clone()
+            continue
+        prefix, _, kind = key.rpartition(".")
+        for expert, matrix in enumerate(tensor):
+            for layer, part in zip(kind.removesuffix("_proj").split("_"), matrix.chunk(2 if kind == "gate_up_proj" else 1), strict=True):
+                stored, values = form.store(rng, *part.shape)
+                part.copy_(torch.from_numpy(values))
+                tensors |= {f"{prefix}.{expert}.{layer}_proj.{name}": one for name, one in stored.items()}
+    safetensors.torch.save_file(tensors, directory / "model.safetensors")
+    config = {**model.config.to_dict(), "architectures": ["Qwen3MoeForCausalLM"], "quantization_config": form.config}
+    (directory / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        return model(torch.tensor([TEXT])).logits[0]
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "awq", pytest.param("gptq-asym", marks=pytest.mark.slow), "float-tensor", "int-w8a8"])
+def test_a_quantized_mixture_of_experts_gives_the_logits_of_its_values(name: str, tmp_path: Path) -> None:
+    expected = build_experts(name, tmp_path)
+    for kernels in KERNELS:
+        found = all_logits(load(kernels, "Qwen3MoeForCausalLM", SafetensorsCheckpoint(tmp_path), 64), TEXT)
+        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("name", ["int-w8a8", "int-static", "float-channel", "fp8-blocks", "float-tensor", "gptq-asym", "awq"])
 def test_inputs_rounded_as_the_format_asks_change_logits_a_little(name: str, tmp_path: Path) -> None:
     expected = build(name, tmp_path)
