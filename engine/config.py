@@ -67,7 +67,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         _about("who guesses tokens ahead, to be verified several at a time: ngram looks them up in the text so far"),
     ] = "none"
     max_running: Annotated[Count, _about("most requests in one step")] = 256
-    max_step_tokens: Annotated[Count, _about("token budget of one step", "TOKENS")] = 256
+    max_step_tokens: Annotated[
+        Count | None, _about("token budget of one step; what suits the kernels without it: 256 on CPUs, 4096 on GPUs", "TOKENS")
+    ] = None
     step_target: Annotated[
         Annotated[float, Meta(ge=0, le=1e9)],
         _about("how long chunks of prompts may make a step in which other requests decode, if that is not less than 1.6 of it", "SECONDS"),

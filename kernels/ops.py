@@ -222,6 +222,8 @@ class Backend(Protocol):
     """"reference", "cpu" or "triton"."""
     kv_types: Sequence[str]
     """What `new_kv` can keep K and V in."""
+    step_tokens: int
+    """Tokens of a step beyond which more at once gain nothing that is worth the wait of those that decode beside them."""
 
     def keep(self, folder: Path, version: str) -> None:
         """What is prepared from now on may be kept in `folder`, which is the model's own, for later starts. `version` changes with what

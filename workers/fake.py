@@ -24,6 +24,7 @@ def fake_token(seed: int, position: int, vocab_size: int) -> int:
 
 class FakeRunner:
     pages = PAGES
+    step_tokens = 256
 
     def __init__(self, page_size: int, vocab_size: int) -> None:
         self.page_size = page_size

@@ -46,6 +46,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, backend: Backend, pages: int, page_size: int, kv_dtype: str) -> None:
         self.pages = pages
         self.page_size = page_size
+        self.step_tokens = backend.step_tokens
         self._backend = backend
         kv = backend.new_kv(len(decoder.layers), pages, page_size, decoder.heads, kv_dtype)
         self._program = backend.compile(decoder, kv)

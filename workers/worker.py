@@ -36,10 +36,11 @@ class Outcome:
 
 
 class Runner(Protocol):
-    """Computes rows. Owns the device's memory: `pages` KV pages of `page_size` tokens."""
+    """Computes rows. Owns the device's memory: `pages` KV pages of `page_size` tokens. A step should have no more than `step_tokens`."""
 
     pages: int
     page_size: int
+    step_tokens: int
 
     def step(self, rows: list[Row]) -> Outcome:
         """Compute every row: write its keys and values to its sequence's pages, and sample where `row.emits`. Up to `row.lookahead` drafts
@@ -78,7 +79,8 @@ class Worker:
         """Nothing waits for the end of a burst."""
 
     def _announce(self) -> None:
-        self._process.send(SCHEDULER, WorkerUp(self._rank, self._process.incarnation, self._runner.pages, self._runner.page_size))
+        runner = self._runner
+        self._process.send(SCHEDULER, WorkerUp(self._rank, self._process.incarnation, runner.pages, runner.page_size, runner.step_tokens))
 
     def _step(self, plan: Plan) -> None:
         ledger = self._ledger

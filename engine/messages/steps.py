@@ -20,6 +20,8 @@ class WorkerUp(Message):
     pages: Positive
     page_size: Positive
     """Tokens a page."""
+    step_tokens: Positive = 256
+    """The most tokens that a step should have, where nobody says otherwise."""
 
 
 class Hello(Message):

@@ -27,6 +27,10 @@ class Ranks:
     def page_size(self) -> int:
         return self._up[0].page_size
 
+    @property
+    def step_tokens(self) -> int:
+        return min(up.step_tokens for up in self._up.values())
+
     def arrive(self, up: WorkerUp) -> bool:
         """A rank says it is up; False when that is known, or no longer true."""
         if not 0 <= up.rank < len(self.names) or up.incarnation <= self._newest[up.rank]:

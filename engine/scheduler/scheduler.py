@@ -16,6 +16,7 @@ import logging
 import time
 from bisect import insort
 from collections import Counter
+from dataclasses import replace
 
 from headrace.engine.ledger.ledger import Ended, Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
@@ -61,7 +62,8 @@ class Scheduler:
         config = process.config
         self._process = process
         self._drafts = config.draft != "none"
-        self._limits = Limits(config.max_running, config.max_step_tokens, self._drafts)
+        # Without a setting the workers say what suits them, once they are up.
+        self._limits = Limits(config.max_running, config.max_step_tokens or 1, self._drafts)
         self._max_waiting, self._max_waiting_tokens = config.max_waiting, config.max_waiting_tokens
         self._ranks = Ranks(worker_names(config))
         self._tokenizers = frozenset(tokenizer_names(config))
@@ -468,6 +470,8 @@ class Scheduler:
     def _begin_epoch(self) -> None:
         """All ranks are up: start with empty pages, and queue every live request with the tokens it has."""
         self._last_epoch += 1
+        if self._process.config.max_step_tokens is None:
+            self._limits = replace(self._limits, max_step_tokens=self._ranks.step_tokens)
         begin = Begin(
             self._last_epoch, self._ranks.pages, self._ranks.page_size, self._process.model.end_tokens, self._process.config.prefix_cache
         )

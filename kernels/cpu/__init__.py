@@ -65,6 +65,7 @@ class CpuBackend:
 
     name = "cpu"
     kv_types = tuple(TYPES)
+    step_tokens = 256
 
     def __init__(self, threads: int | None = None, isa: str | None = None, activations: str = "f32") -> None:
         cores = physical_cores()

@@ -30,6 +30,7 @@ class ReferenceBackend:
 
     name = "reference"
     kv_types = tuple(TYPES)
+    step_tokens = 256
 
     def __init__(self, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> None:
         self.device = torch.device(device)

@@ -95,6 +95,7 @@ class TritonBackend:
     def __init__(self, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, rounds_inputs: bool = True) -> None:
         self.device, self.dtype, self._rounds_inputs = torch.device(device), dtype, rounds_inputs
         self._prepared: dict[str, Prepared] = {}
+        self.step_tokens = 256 if self.device.type == "cpu" else 4096
         self.vocabulary = 0
         """Rows of the embedding table."""
 

@@ -21,7 +21,7 @@ STEP_S = 0.008
 class PacedRunner:
     """A `Runner` without a model."""
 
-    pages = PAGES
+    pages, step_tokens = PAGES, 256
 
     def __init__(self, page_size: int, vocab_size: int) -> None:
         self.page_size = page_size

@@ -81,7 +81,7 @@ class PagedRunner:
 
     def __init__(self, pages: int, page_size: int) -> None:
         self.pages = pages
-        self.page_size = page_size
+        self.page_size, self.step_tokens = page_size, 256
         self._kv = array("I", bytes(4 * pages * page_size))
         self._drafter = NGram()
 

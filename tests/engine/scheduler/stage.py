@@ -82,10 +82,10 @@ class Stage:
         self._open("tokenizer-0", FromScheduler, lambda process: self.tokenizer)
         self._open("supervisor", FromChild, lambda process: self.supervisor)
 
-    def start_worker(self, rank: int = 0, pages: int = 64, page_size: int = 4, spoil=None) -> None:
+    def start_worker(self, rank: int = 0, pages: int = 64, page_size: int = 4, spoil=None, step_tokens: int = 256) -> None:
         def build(process: Process) -> Worker:
             runner = FakeRunner(page_size, MODEL.vocab_size)
-            runner.pages = pages
+            runner.pages, runner.step_tokens = pages, step_tokens
             worker = Worker(process, rank, runner)
             if spoil:
                 spoil(worker)

@@ -448,6 +448,23 @@ async def test_a_queue_is_full_of_tokens_too(stage):
     assert stage.tokenizer.refused[2].hold_s == 0, "a shorter one may fit"
 
 
+@pytest.mark.parametrize(
+    ("stage", "most"), [({}, 20), ({"max_step_tokens": 30}, 30)], indirect=["stage"], ids=["the workers' own", "a setting"]
+)
+async def test_steps_have_the_tokens_that_suit_the_workers_if_nobody_says_otherwise(stage, most):
+    lengths: list[int] = []
+
+    def note(worker) -> None:
+        step = worker._runner.step
+        worker._runner.step = lambda rows: lengths.append(sum(row.length for row in rows)) or step(rows)
+
+    stage.start_worker(step_tokens=20, spoil=note)
+    stage.start_scheduler()
+    stage.submit(1, list(range(100)), 2)
+    await stage.tokenizer.all_ended([1])
+    assert max(lengths) == most
+
+
 async def test_the_request_log_tells_what_became_of_each(stage, tmp_path):
     stage.config = msgspec.structs.replace(stage.config, request_log=str(tmp_path / "log"))
     stage.start_worker(pages=16)
