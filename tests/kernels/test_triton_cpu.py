@@ -91,10 +91,13 @@ def products_kernel(A, B, C, OUT, S: tl.constexpr, M: tl.constexpr, N: tl.conste
     tl.store(OUT + at, tl.dot(a, tl.permute(b, [0, 2, 1]), tl.load(C + at), out_dtype=C.dtype.element_ty))
 
 
-@pytest.mark.parametrize(("dtype", "total"), [(torch.bfloat16, torch.float32), (torch.int8, torch.int32), (torch.float64, torch.float64)])
-@pytest.mark.parametrize("shape", [(4, 16, 32, 64), (2, 1, 2, 4), (1, 4, 1, 16)])
-def test_products_of_batches_are_added_to_what_is_given(dtype, total, shape):
-    s, m, n, k = shape
+TOTALS = {torch.bfloat16: torch.float32, torch.int8: torch.int32, torch.float64: torch.float64}
+BATCHES = [(dtype, shape) for dtype in TOTALS for shape in ((4, 16, 32, 64), (2, 1, 2, 4), (1, 4, 1, 16))]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [BATCHES[0], BATCHES[4], *(pytest.param(*one, marks=pytest.mark.slow) for one in BATCHES)])
+def test_products_of_batches_are_added_to_what_is_given(dtype, shape):
+    (s, m, n, k), total = shape, TOTALS[dtype]
     dice = torch.Generator().manual_seed(4)
     a, b, c = (torch.randint(-128, 128, one, generator=dice) for one in ((s, m, k), (s, n, k), (s, m, n)))
     out = torch.empty(s, m, n, dtype=total)

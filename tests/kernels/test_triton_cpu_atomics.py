@@ -25,7 +25,9 @@ def integers_kernel(X, V, OLD, BLOCK: tl.constexpr, KEPT: tl.constexpr):
     tl.atomic_add(X + 6 * BLOCK, tl.atomic_xchg(X + 7 * BLOCK, tl.sum(v, 0).to(v.dtype)))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint32, torch.int64, torch.uint64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint64, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.uint32, torch.int64))]
+)
 def test_integers_are_changed_by_all_programs_at_once(dtype):
     dice, numpy_dtype = torch.Generator().manual_seed(1), {"torch.uint32": "uint32", "torch.uint64": "uint64"}.get(str(dtype))
     signed = torch.int32 if dtype.itemsize == 4 else torch.int64
@@ -68,7 +70,9 @@ def floats_kernel(X, V, BLOCK: tl.constexpr, LIMITS: tl.constexpr):
         tl.atomic_xchg(X + 3 * BLOCK + at, v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float64, torch.float16))]
+)
 def test_floats_are_added_and_compared_by_all_programs_at_once(dtype):
     # Sums of few small integers: exact in every order.
     v = torch.randint(-1, 2, (100, PLACES), generator=torch.Generator().manual_seed(2)).to(dtype)

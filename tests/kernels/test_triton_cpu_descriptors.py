@@ -29,7 +29,7 @@ def descriptors_kernel(X, PASSED, Y, rows, columns, stride, row, column, M: tl.c
     PASSED.store([row - 1, column + 3], made.load([0, 0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.int32))])
 @pytest.mark.parametrize(("row", "column"), [(2, 4), (-3, 20), (12, -5)])
 def test_descriptors_read_nothing_outside_and_write_nothing_there(dtype, row, column):
     x = torch.randint(-99, 99, (13, 24), generator=torch.Generator().manual_seed(1)).to(dtype)

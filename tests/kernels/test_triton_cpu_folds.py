@@ -40,7 +40,14 @@ def scans_kernel(X, Y, OUT, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
     tl.store(OUT + at + 5 * step, shift)
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (8, 16, 4)), (torch.int64, (2, 32, 1)), (torch.bfloat16, (4, 4, 2))])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float32, (8, 16, 4)),
+        pytest.param(torch.int64, (2, 32, 1), marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, (4, 4, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_scans_go_along_every_axis_both_ways_and_carry_several_values(dtype, shape):
     x, y = dice(*shape).to(dtype), dice(*shape, seed=2, low=-1, high=2).to(dtype)
     out = torch.empty(6, *shape, dtype=dtype)
@@ -75,7 +82,9 @@ def sorts_kernel(X, UP, DOWN, TOP, BACK, ROWS: tl.constexpr, N: tl.constexpr, K:
     tl.store(BACK + r * N + n, tl.flip(x, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.float16, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.int32, torch.int64))]
+)
 def test_tiles_are_sorted_and_their_largest_are_found(dtype):
     x = dice(4, 64, low=-1000, high=1000).to(dtype)
     up, down, back, top = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty(4, 8, dtype=dtype)
