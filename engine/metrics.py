@@ -13,6 +13,8 @@ Labels = tuple[tuple[str, str], ...]
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 """Bounds for latencies."""
 
+REFUSED = "headrace_requests_refused_total"
+REFUSED_HELP = "Requests refused, by cause."
 REJECTED_FRAMES = "headrace_rejected_frames_total"
 REJECTED_FRAMES_HELP = "Messages on a socket of the process that were dropped, being none that it understands."
 

@@ -27,7 +27,8 @@ GPU_NODES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 def make_backend(kind: str, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> Backend:
     """The backend of `kind` (one of KINDS) on `device` ("cpu", "cuda", "cuda:1", …). `threads` bounds the CPU threads of an op; None lets
     the backend choose. `activations` is "f32", "int8", "bf16" or "auto": what weights are multiplied with; on a GPU, "f32" makes
-    everything float32, and others leave it at bfloat16. Triton's kernels run on the GPU, and without one on the CPU.
+    everything float32, others bfloat16, save that with "auto" and "int8" inputs are rounded to 8 bits where the checkpoint asks for it.
+    Triton's kernels run on the GPU, and without one on the CPU.
 
     Raises KernelsUnavailable.
     """
@@ -35,7 +36,7 @@ def make_backend(kind: str, device: str = "cpu", threads: int | None = None, act
         raise KernelsUnavailable(f'kernels "{kind}" are not known: choose one of {", ".join(KINDS)}')
     if kind == "triton" or (kind == "auto" and device == "cpu" and any(node.exists() for node in GPU_NODES)):
         try:
-            return _triton(activations, only_on_a_gpu=kind == "auto")
+            return _triton(device, activations, only_on_a_gpu=kind == "auto")
         except KernelsUnavailable as reason:
             if kind == "triton":
                 raise
@@ -66,20 +67,20 @@ def _reference(device: str, threads: int | None, activations: str) -> Backend:
     return ReferenceBackend(device, threads, activations)
 
 
-def _triton(activations: str, only_on_a_gpu: bool) -> Backend:
+def _triton(device: str, activations: str, only_on_a_gpu: bool) -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise KernelsUnavailable('the Triton kernels need the package triton, which comes with torch for GPUs: install "headrace[triton]"')
     import torch
 
     from headrace.kernels.triton import TritonBackend
 
-    dtype = torch.float32 if activations == "f32" else torch.bfloat16
+    dtype, rounds_inputs = torch.float32 if activations == "f32" else torch.bfloat16, activations in ("auto", "int8")
     if torch.cuda.is_available():
-        return TritonBackend("cuda", dtype)
+        return TritonBackend(device if device != "cpu" else "cuda", dtype, rounds_inputs)
     if only_on_a_gpu:
         raise KernelsUnavailable("there is a GPU, and torch cannot use it")
     if os.environ.get("TRITON_INTERPRET") == "1":
         log.warning("Triton interprets the kernels on the CPU: thousands of times slower than a GPU, and right in float32 alone")
         return TritonBackend("cpu", torch.float32)
     log.warning("no GPU: the Triton kernels run on the CPU, which proves them and is slow; --kernels auto is faster")
-    return TritonBackend("cpu", dtype)
+    return TritonBackend("cpu", dtype, rounds_inputs)

@@ -23,6 +23,7 @@ LARGEST_BODY = 8 << 20
 """Bytes of a request body; larger ones get 413."""
 
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+_QUEUEING = frozenset({"/v1/chat/completions", "/v1/completions"})
 _RESUMING = "/v1/streams/"
 _ADMIN = "/admin/"
 _UNKEYED = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
@@ -52,12 +53,17 @@ def make_app(openai: OpenAIRoutes, view: EngineView, meters: RequestMeters, conf
                 _check_key(request, operators)
             elif keys and request.path not in _UNKEYED:
                 request[TENANT] = _check_key(request, keys)
+            if request.path in _QUEUEING and request.method == "POST" and (held := view.held()):
+                meters.refused(held.code or "")
+                raise held
             if request.path.startswith(_RESUMING) or (request.path in _GENERATING and request.method == "POST"):
                 async with view.entered():
                     response = await handler(request)
             else:
                 response = await handler(request)
         except Refusal as refusal:
+            if refusal.hold_s:
+                view.hold(refusal)
             response = refusal.response()
         except web.HTTPException as error:
             response = _of_http(error, request).response()

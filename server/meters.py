@@ -1,7 +1,7 @@
 """What the server measures of requests: latencies as a client sees them, up to the socket."""
 
 from headrace.engine.messages.frontend import End
-from headrace.engine.metrics import Metrics
+from headrace.engine.metrics import REFUSED, REFUSED_HELP, Metrics
 
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 
@@ -18,6 +18,10 @@ class RequestMeters:
         )
         self.whole = metrics.histogram("headrace_request_seconds", "From the arrival of a request to its end.")
         self.disconnects = metrics.counter("headrace_disconnects_total", "Requests whose client went away before the end.")
+
+    def refused(self, code: str) -> None:
+        """Count a request that went no farther than the server, as those that the scheduler refuses."""
+        self._metrics.counter(REFUSED, REFUSED_HELP, labels=(("cause", code),)).add()
 
     def answered(self, route: str, status: int) -> None:
         """Count one HTTP answer."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -27,6 +28,9 @@ class EngineView:
         """Set, and another one, with every change of the state."""
         self._inside = self._held = 0
         """Requests in the engine, and before its door."""
+        self._full: Refusal | None = None
+        self._full_until = 0.0
+        """Until when, in monotonic seconds, the last one that a full queue refused speaks for the next."""
         self._process = process
         self._calls = itertools.count(1)
         self._waiting: dict[int, asyncio.Future] = {}
@@ -61,6 +65,18 @@ class EngineView:
         finally:
             self._inside -= 1
             self._say_if_empty()
+
+    def hold(self, refusal: Refusal) -> None:
+        """The queue is full, and will be for a moment: others need not come as far as to hear of it. Reading, tokenizing and refusing what
+        comes anyway would take from those who are served what they need."""
+        self._full = Refusal(refusal.message, refusal.param, refusal.status, refusal.code, refusal.retry_after)
+        self._full_until = time.monotonic() + refusal.hold_s
+
+    def held(self) -> Refusal | None:
+        """What a new request would be told a little later, if that is known. What resumes, or asks for something else, is not meant."""
+        if self._full is not None and time.monotonic() >= self._full_until:
+            self._full = None
+        return self._full
 
     def _say_if_empty(self) -> None:
         """The model can be exchanged once nothing of it is in use."""

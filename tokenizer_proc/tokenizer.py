@@ -110,7 +110,9 @@ class TokenizerActor:
                 self._take_tokens(message)
             case Refused():
                 if live := self._live.pop(message.request, None):
-                    failed = Failed(message.request, message.status, message.code, message.message, None, message.retry_after)
+                    failed = Failed(
+                        message.request, message.status, message.code, message.message, None, message.retry_after, message.hold_s
+                    )
                     self._tell(live.frontend, failed)
             case SchedulerUp():
                 self._scheduler = max(self._scheduler, message.incarnation)

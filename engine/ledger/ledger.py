@@ -12,9 +12,10 @@ reads it.
 """
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import repeat
+from itertools import compress, repeat, zip_longest
 
 import msgspec
 
@@ -61,6 +62,9 @@ class Ledger:
         self._prefix_cache = begin.prefix_cache
         self._end_tokens = frozenset(begin.end_tokens)
         self._rows: list[Row] | None = None
+        """Those whose result is due."""
+        self._before: list[Row] = []
+        """Those of the step before."""
         self._events = array("q")
 
     @property
@@ -95,20 +99,7 @@ class Ledger:
                 raise LedgerError(f"request {admit.request:x} admitted twice")
             self.sequences[admit.request] = self.sequence_of(admit)
             self._events.extend((1, admit.request & 0x7FFFFFFFFFFFFFFF))
-        # All matches come before any eviction, so that no row of this plan evicts what a later one counts on.
-        starting: list[tuple[Sequence, int, int]] = []
-        known = self.sequences
-        if not len(plan.run) == len(plan.lengths) == len(plan.lookahead or plan.run):
-            raise LedgerError(f"the columns of plan {plan.step} differ in length")
-        for request, length, lookahead in zip(plan.run, plan.lengths, plan.lookahead or repeat(0), strict=False):
-            if request in known:
-                sequence = known[request]
-                starting.append((sequence, length, lookahead))
-                if not sequence.pages:
-                    self._match(sequence)
-            elif not plan.ahead:
-                raise LedgerError(f"request {request:x} is not in the ledger")
-        self._rows = [self._grow(sequence, length, lookahead) for sequence, length, lookahead in starting]
+        self._rows = self._go_on(plan) if plan.ahead else self._run(plan)
         self._events.extend([row.start for row in self._rows])
         self._seal()
         return self._rows
@@ -120,41 +111,48 @@ class Ledger:
         if sum(result.counts) != len(result.tokens):
             raise LedgerError(f"result {result.step} counts {sum(result.counts)} tokens and has {len(result.tokens)}")
         rows, self._rows = self._rows, None
+        self._before = rows
+        emitting = [row for row in rows if row.emits]
+        if [row.sequence.request for row in emitting] != result.requests:
+            due = [row.sequence.request for row in emitting]
+            wrong = next((one, other) for one, other in zip_longest(result.requests, due) if one != other)
+            raise LedgerError("result {} has tokens of {}, those of {} were due".format(result.step, *wrong))
         ended: list[Ended] = []
-        emitting = iter(zip(result.requests, result.counts, strict=True))
         emitted, position = result.tokens, 0
         size = self.page_size
         self._events.extend(emitted)
-        for row in rows:
+        for row, count in zip(emitting, result.counts, strict=True):
             sequence = row.sequence
-            if row.emits:
-                request, count = next(emitting, (None, 0))
-                if request != sequence.request:
-                    raise LedgerError(f"result {result.step} has tokens of {request}, those of {sequence.request} were due")
-                if count > row.lookahead + 1:
-                    raise LedgerError(f"result {result.step} has {count} tokens of {request}, which had room for {row.lookahead + 1}")
-                tokens, end_tokens = sequence.tokens, sequence.end_tokens
+            tokens = sequence.tokens
+            computed, reason = len(tokens), None
+            if count == 1:
+                tokens.append(token := emitted[position])
+                if token in sequence.end_tokens or computed + 1 >= sequence.limit:
+                    reason = sequence.ends_with(token)
+            elif count == 0:
                 # A row that was to emit and did not has failed: the model gave nothing to choose from.
-                reason = None if count else "error"
-                # The row's own last token gave the first; each further one was a draft, which is computed by now.
-                computed = len(tokens)
-                for place in range(position, position + count):
-                    computed = len(tokens)
-                    tokens.append(token := emitted[place])
-                    if (computed + 1 >= sequence.limit or token in end_tokens) and (reason := sequence.ends_with(token)):
-                        break
-                position += count
+                reason = "error"
             else:
-                computed = sequence.computed + row.length
-                reason = "length" if computed == len(sequence.tokens) else None
+                if count > row.lookahead + 1:
+                    due = row.lookahead + 1
+                    raise LedgerError(f"result {result.step} has {count} tokens of {sequence.request}, which had room for {due}")
+                # The row's own last token gave the first; each further one was a draft, which is computed by now.
+                for token in emitted[position : position + count]:
+                    computed = len(tokens)
+                    tokens.append(token)
+                    if reason := sequence.ends_with(token):
+                        break
+            position += count
             sequence.computed = computed
             if computed // size > len(sequence.nodes):
                 self._publish(sequence)
             if reason:
                 ended.append(Ended(sequence, reason))
                 self.release(sequence.request)
-        if next(emitting, None) is not None:
-            raise LedgerError(f"result {result.step} has tokens of requests that were to emit none")
+        if len(emitting) < len(rows):
+            for row in rows:
+                if not row.emits:
+                    self._computed(row, ended)
         self.step += 1
         self._seal()
         return ended
@@ -207,6 +205,30 @@ class Ledger:
         assert (count, idle) == (self.tree.size, self.tree.idle), "the tree's counts are off"
         assert len(seen) == self.pool.total, f"{self.pool.total - len(seen)} pages are nowhere"
 
+    def _run(self, plan: Plan) -> list[Row]:
+        """The rows of the requests that a plan names."""
+        if not len(plan.run) == len(plan.lengths) == len(plan.lookahead or plan.run):
+            raise LedgerError(f"the columns of plan {plan.step} differ in length")
+        try:
+            running = list(map(self.sequences.__getitem__, plan.run))
+        except KeyError as missing:
+            raise LedgerError(f"request {missing.args[0]:x} is not in the ledger") from None
+        # All matches come before any eviction, so that no row of this plan evicts what a later one counts on.
+        for sequence in running:
+            if not sequence.pages:
+                self._match(sequence)
+        return self._grow(running, plan.lengths, plan.lookahead or repeat(0))
+
+    def _go_on(self, plan: Plan) -> list[Row]:
+        """The rows of the step before, a token further. Those that it ended have no pages any more."""
+        before = [row.sequence for row in self._before]
+        if not plan.lookahead:
+            return self._grow([sequence for sequence in before if sequence.pages], repeat(1), repeat(0))
+        if len(plan.lookahead) != len(before):
+            raise LedgerError(f"plan {plan.step} has drafts for {len(plan.lookahead)} rows, the step before had {len(before)}")
+        there = [bool(sequence.pages) for sequence in before]
+        return self._grow(list(compress(before, there)), repeat(1), compress(plan.lookahead, there))
+
     def _sequence(self, request: int) -> Sequence:
         try:
             return self.sequences[request]
@@ -222,22 +244,34 @@ class Ledger:
         sequence.computed = sequence.cached = len(path) * self.page_size
         self._events.extend(sequence.pages)
 
-    def _grow(self, sequence: Sequence, length: int, lookahead: int) -> Row:
-        """Make room for `length` more tokens, and for as many drafts behind them as the request could still emit."""
-        start, known = sequence.computed, len(sequence.tokens)
-        end = start + length
-        if length <= 0 or end > known:
-            raise LedgerError(f"{length} tokens to compute of request {sequence.request:x}, which has {sequence.remaining}")
-        emits = end == known and sequence.max_tokens > 0
-        if lookahead:
-            lookahead = min(lookahead, sequence.limit - known - 1) if emits else 0
-        pages, size = sequence.pages, self.page_size
-        while len(pages) * size < end + lookahead:
-            page = self._take()
-            pages.append(page)
-            self._events.append(page)
-        sequence.last_run = self.step
-        return Row(sequence, start, length, emits, lookahead)
+    def _grow(self, running: list[Sequence], lengths: Iterable[int], lookaheads: Iterable[int]) -> list[Row]:
+        """Make room in each sequence for `length` more tokens, and for as many drafts behind them as it could still emit."""
+        rows = []
+        size, step = self.page_size, self.step
+        for sequence, length, lookahead in zip(running, lengths, lookaheads, strict=False):
+            start, known = sequence.computed, len(sequence.tokens)
+            end = start + length
+            if length <= 0 or end > known:
+                raise LedgerError(f"{length} tokens to compute of request {sequence.request:x}, which has {sequence.remaining}")
+            emits = end == known and sequence.max_tokens > 0
+            if lookahead:
+                lookahead = min(lookahead, sequence.limit - known - 1) if emits else 0
+            if len(sequence.pages) * size < end + lookahead:
+                pages = [self._take() for _ in range(self.pages_for(end + lookahead) - len(sequence.pages))]
+                sequence.pages += pages
+                self._events.extend(pages)
+            sequence.last_run = step
+            rows.append(Row(sequence, start, length, emits, lookahead))
+        return rows
+
+    def _computed(self, row: Row, ended: list[Ended]) -> None:
+        """A row that emits nothing is computed: part of a prompt, or the whole of one that was only to be scored."""
+        sequence = row.sequence
+        sequence.computed = row.start + row.length
+        self._publish(sequence)
+        if sequence.computed == len(sequence.tokens):
+            ended.append(Ended(sequence, "length"))
+            self.release(sequence.request)
 
     def _take(self) -> int:
         if len(self.pool):

@@ -238,6 +238,8 @@ class Failed(Message):
     param: str | None = None
     retry_after: float | None = None
     """Seconds; with status 429 and 503."""
+    hold_s: float = 0.0
+    """See `Refused.hold_s`."""
 
 
 ToTokenizer = Generate | Abort | Recall | Tokenize | Detokenize | Describe

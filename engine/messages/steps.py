@@ -64,12 +64,15 @@ class Plan(Message):
     lengths: list[int]
     """How many of its tokens each computes."""
     ahead: bool = False
-    """Written before the result of the step before was known: requests that this ended are passed over."""
+    """Written before the result of the step before was known: what that step ran goes on, a token each, but for what it ended. `run`
+    and `lengths` are empty, `lookahead` is by the rows of that step."""
     lookahead: list[int] = []
     """How many drafted tokens each may have verified behind its own, where any may."""
 
     def __post_init__(self) -> None:
-        check_columns(self, "run", "lengths", *(["lookahead"] if self.lookahead else []))
+        check_columns(self, "run", "lengths", *(["lookahead"] if self.lookahead and not self.ahead else []))
+        if self.ahead and self.run:
+            raise ValueError("a Plan ahead names requests: it runs those of the step before")
 
 
 class StepTimes(Message):

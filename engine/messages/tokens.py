@@ -113,6 +113,8 @@ class Refused(Message):
     code: str
     message: str
     retry_after: float | None = None
+    hold_s: float = 0.0
+    """Seconds in which any other new request would be told the same: whoever knows need not bring it."""
 
 
 class SchedulerUp(Message):

@@ -17,9 +17,9 @@ class Entry:
     __slots__ = (
         "arrived",
         "attempt",
+        "before",
         "cached",
         "chunks",
-        "emitted",
         "first_token",
         "logprobs",
         "pace",
@@ -42,7 +42,8 @@ class Entry:
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.arrived = arrived
         """Monotonic seconds."""
-        self.emitted = list(submit.emitted)
+        self.before = submit.emitted
+        """What it had emitted when it last was in no ledger."""
         self.started: float | None = None
         """When a step first ran it, monotonic seconds."""
         self.first_token: float | None = None
@@ -59,6 +60,19 @@ class Entry:
         """Its sequence in the mirror ledger, or the one that waits to be admitted; None between epochs, and while an
         earlier life of the request is in the ledger still."""
 
+    @property
+    def emitted(self) -> list[int]:
+        """All tokens that it has emitted: what its sequence has beyond the prompt."""
+        return self.before if self.sequence is None else self.sequence.tokens[self.sequence.prompt :]
+
+    @property
+    def emitted_count(self) -> int:
+        return len(self.before) if self.sequence is None else self.sequence.emitted
+
+    def leave_ledger(self) -> None:
+        """The ledger that its sequence is in is given up: keep what was emitted."""
+        self.before, self.sequence = self.emitted, None
+
     def admit(self) -> Admit:
         """What workers must know to continue it."""
         submit = self.submit
@@ -67,11 +81,11 @@ class Entry:
     @property
     def suspect(self) -> bool:
         """Whether it must run alone; see `suspicion.py`."""
-        return self.suspicion.alone(len(self.emitted))
+        return self.suspicion.alone(self.emitted_count)
 
     def end(self, reason: str, now: float) -> TokenEnd:
         """Its last message. `reason` as in `TokenEnd`."""
-        last = self.emitted[-1] if self.emitted else None
+        last = self.emitted[-1] if self.emitted_count else None
         stop = last if reason == "stop" and last in self.submit.sampling.stop_token_ids else None
         queued = (self.started if self.started is not None else now) - self.arrived
         return TokenEnd(self.submit.request, reason, stop, self.cached, queued, self.preemptions)

@@ -4,7 +4,7 @@ import math
 
 from headrace.engine.ledger.ledger import Ledger
 from headrace.engine.messages.steps import StepResult
-from headrace.engine.metrics import SECONDS, Metrics
+from headrace.engine.metrics import REFUSED, REFUSED_HELP, SECONDS, Metrics
 
 
 class Rate:
@@ -70,7 +70,7 @@ class Meters:
         self._metrics.counter("headrace_requests_ended_total", "Requests that ended, by reason.", labels=(("reason", reason),)).add()
 
     def refused(self, code: str) -> None:
-        self._metrics.counter("headrace_requests_refused_total", "Requests refused, by cause.", labels=(("cause", code),)).add()
+        self._metrics.counter(REFUSED, REFUSED_HELP, labels=(("cause", code),)).add()
 
     def show(self, ledger: Ledger | None, running: int, waiting: int) -> None:
         self._running.set(running)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from headrace.engine.ledger.ledger import Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
@@ -32,6 +33,8 @@ MOST_PASSED_OVER = 64
 class Limits:
     max_running: int
     max_step_tokens: int
+    drafts: bool = False
+    """Whether sequences may have drafts verified."""
 
 
 @dataclass(slots=True)
@@ -80,7 +83,9 @@ def plan(
     if tenants and decodes and _is_behind(prefills, waiting, decodes, tenants):
         decode_budget = budget // 4
     if len(decodes) > decode_budget:
-        decodes = sorted(decodes, key=lambda sequence: sequence.last_run)[:decode_budget]
+        longest_ago = sorted(decodes, key=lambda sequence: sequence.last_run)[:decode_budget]
+        chosen = {sequence.request for sequence in longest_ago}
+        decodes = [sequence for sequence in decodes if sequence.request in chosen]
     preempted: set[int] = set()
 
     def make_room(sequence: Sequence, pages: int) -> bool:
@@ -96,25 +101,24 @@ def plan(
         return True
 
     spare = _spare(decode_budget, len(decodes))
-    size = ledger.page_size
-    order = {sequence.request: place for place, sequence in enumerate(running)} if len(decodes) != len(running) else None
-    if order:
-        decodes.sort(key=lambda sequence: order[sequence.request])
+    size, run = ledger.page_size, decision.run
     for sequence in decodes:
         if preempted and sequence.request in preempted:
             continue
-        lookahead = _lookahead(sequence, spare, 1) if sequence.lookahead else 0
-        if sequence.computed + 1 + lookahead > len(sequence.pages) * size:
-            pages = ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages)
+        lookahead = 0
+        # Most steps of most decodes need neither drafts nor a page.
+        if sequence.lookahead or sequence.computed >= len(sequence.pages) * size:
+            lookahead = _lookahead(sequence, spare, 1)
+            pages = max(0, ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages))
             if pages > available:
                 lookahead = 0
                 pages = max(0, ledger.pages_for(sequence.computed + 1) - len(sequence.pages))
                 if pages > available and not make_room(sequence, pages):
                     continue
             available -= pages
-        budget -= 1 + lookahead
-        decision.run.append((sequence, 1))
+        run.append((sequence, 1))
         decision.lookahead.append(lookahead)
+    budget -= len(run) + sum(decision.lookahead)
 
     if speed is not None and decision.run and (prefills or waiting):
         budget = min(budget, speed.chunk(len(decision.run), budget))
@@ -196,29 +200,32 @@ def _is_behind(prefills: Series[Sequence], waiting: Iterable[Sequence], decodes:
     return bool(others) and tenants.served(following.tenant) <= min(map(tenants.served, others))
 
 
-def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], limits: Limits) -> Decision:
-    """What runs after a step in flight, whatever its result may be: its sequences, with one more token each.
+def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], limits: Limits) -> list[int] | None:
+    """Whether what a step in flight runs can go on with one more token each, whatever its result may be; and if so, how many drafts each
+    of its `rows` may have verified (none at all for an empty list).
 
-    `rows` are those of the step, `running` all sequences with pages. Nothing when the next step cannot be known yet: something else than
-    decoding goes on, or pages could run out even if every draft in flight proves right. A sequence that the step may end is among them
-    all the same, unless its next token is sure to be the last.
+    `running` are all sequences with pages. None when the next step cannot be known yet: something else than decoding goes on, or pages
+    could run out even if every draft in flight proves right, or every next token is sure to be the last.
     """
-    decision = Decision()
-    if len(rows) != len(running) or not all(row.emits for row in rows):
-        return decision
-    going_on = [row for row in rows if len(row.sequence.tokens) + 1 < row.sequence.limit]
-    spare = _spare(limits.max_step_tokens, len(going_on))
-    size = ledger.page_size
-    available = ledger.available
-    for row in going_on:
+    if len(rows) != len(running) or not all(map(attrgetter("emits"), rows)):
+        return None
+    if not any(len(row.sequence.tokens) + 1 < row.sequence.limit for row in rows):
+        return None
+    if not limits.drafts and len(rows) <= ledger.available:
+        return []  # whatever happens, none needs more than one page
+    spare = _spare(limits.max_step_tokens, len(rows))
+    drafts, pages = [], 0
+    for row in rows:
         sequence = row.sequence
-        lookahead = _lookahead(sequence, spare, 2) if sequence.lookahead else 0
-        known = row.start + row.length + row.lookahead + 1 + lookahead
-        if known > len(sequence.pages) * size:
-            available -= ledger.pages_for(known) - len(sequence.pages)
-        decision.run.append((sequence, 1))
-        decision.lookahead.append(lookahead)
-    return decision if available >= 0 else Decision()
+        if len(sequence.tokens) + 1 >= sequence.limit:
+            drafts.append(0)
+            continue
+        lookahead = _lookahead(sequence, spare, 2)
+        drafts.append(lookahead)
+        pages += max(0, ledger.pages_for(row.start + row.length + row.lookahead + 1 + lookahead) - len(sequence.pages))
+    if pages > ledger.available:
+        return None
+    return drafts if any(drafts) else []
 
 
 def _spare(budget: int, decodes: int) -> int:

@@ -15,18 +15,20 @@ import heapq
 import logging
 import time
 from bisect import insort
+from collections import Counter
 
 from headrace.engine.ledger.ledger import Ended, Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.lifecycle import Drain, Drained, PeerDied, Progress, Restart, Resume
 from headrace.engine.messages.steps import Begin, FromWorker, Hello, Plan, StepResult, WorkerUp
-from headrace.engine.messages.tokens import Cancel, Refused, SchedulerUp, Submit, TokenEnd, Tokens, ToScheduler
+from headrace.engine.messages.tokens import Cancel, Refused, SchedulerUp, Submit, TokenEnd, ToScheduler
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names, worker_names
 from headrace.engine.process import Process, main
 from headrace.engine.scheduler.epoch import Divergence, Epoch
 from headrace.engine.scheduler.journal import Entry, Journal
 from headrace.engine.scheduler.meters import Meters, Rate
+from headrace.engine.scheduler.outgoing import Outgoing
 from headrace.engine.scheduler.pace import MOST as MOST_DRAFTS
 from headrace.engine.scheduler.plan import Limits, plan, plan_ahead
 from headrace.engine.scheduler.queue import Queue
@@ -40,6 +42,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.002
 """By how much the event loop's timers may be early."""
+MOST_HOLD_S, HOLD_OF_DRAIN = 0.2, 0.05
+"""For how long one refusal by a full queue may speak for all: seconds, and as a share of the time in which what waits would be started, so
+that the queue is never found empty."""
 NO_LOGITS = "the model gave no valid logits for this request (not a number, or nothing but minus infinity): other requests are not affected"
 QUARANTINED = "a worker process died whenever it ran this request, so it is not run again: other requests are not affected"
 
@@ -55,9 +60,9 @@ class Scheduler:
     def __init__(self, process: Process) -> None:
         config = process.config
         self._process = process
-        self._limits = Limits(config.max_running, config.max_step_tokens)
-        self._max_waiting, self._max_waiting_tokens = config.max_waiting, config.max_waiting_tokens
         self._drafts = config.draft != "none"
+        self._limits = Limits(config.max_running, config.max_step_tokens, self._drafts)
+        self._max_waiting, self._max_waiting_tokens = config.max_waiting, config.max_waiting_tokens
         self._ranks = Ranks(worker_names(config))
         self._tokenizers = frozenset(tokenizer_names(config))
         self._journal = Journal()
@@ -72,7 +77,7 @@ class Scheduler:
         self._speed = Speed(config.step_target)
         self._deadlines: list[tuple[float, int]] = []
         """Heap of (when, request); those of requests that are over by then say nothing."""
-        self._outgoing: dict[str, Tokens] = {}
+        self._outgoing = Outgoing(process)
         self._draining = self._drained = False
         self._last_step: float | None = None
         self._finishes, self._work = Rate(), Rate()
@@ -121,9 +126,7 @@ class Scheduler:
                 self._start_step(epoch)
             if epoch.in_flight is not None and epoch.ahead is None and not (self._waiting or self._aborts):
                 self._look_ahead(epoch)
-        for name, tokens in self._outgoing.items():
-            self._process.send(name, tokens)
-        self._outgoing.clear()
+        self._outgoing.send_all()
         if self._draining and not self._drained and not len(self._journal):
             self._drained = self._process.send(SUPERVISOR, Drained(self._process.name))
 
@@ -164,8 +167,9 @@ class Scheduler:
             self._refuse(submit, 503, "draining", "the engine is draining and takes no new requests: try again in a moment", 5.0)
             return
         if not submit.emitted and (full := self._too_much(submit)):
+            what, hold = full
             wait = self._time_to_drain()
-            self._refuse(submit, 429, "overloaded", f"{full} already: try again in {wait:.0f} s", wait)
+            self._refuse(submit, 429, "overloaded", f"{what} already: try again in {wait:.0f} s", wait, min(hold, wait * HOLD_OF_DRAIN))
             return
         entry = self._journal.open(submit, time.monotonic())
         self._tenants.arrive(submit.tenant)
@@ -174,14 +178,15 @@ class Scheduler:
         if self._epoch is not None:
             self._enqueue(entry, self._epoch.ledger)
 
-    def _too_much(self, submit: Submit) -> str | None:
-        """What there is too much of to take one more request; None when there is room."""
+    def _too_much(self, submit: Submit) -> tuple[str, float] | None:
+        """What there is too much of to take one more request, and for how long, in seconds, any other will be told the same. None when
+        there is room."""
         # Places that are free belong to those who wait for the next step.
         if len(self._journal) >= self._limits.max_running + self._max_waiting:
-            return f"{self._queued} requests are waiting"
+            return f"{self._queued} requests are waiting", MOST_HOLD_S
         waiting = self._waiting.prompt_tokens if self._epoch else self._journal.prompt_tokens
         if self._journal and waiting + len(submit.prompt) > self._max_waiting_tokens + self._limits.max_step_tokens:
-            return f"requests with {waiting} prompt tokens are waiting"
+            return f"requests with {waiting} prompt tokens are waiting", 0.0  # a shorter one may fit
         return None
 
     def _time_to_drain(self) -> float:
@@ -205,7 +210,7 @@ class Scheduler:
             deadline, request = heapq.heappop(self._deadlines)
             entry = self._journal.get(request)
             if entry is not None and entry.submit.deadline == deadline:
-                got = f"after {len(entry.emitted)} tokens" if entry.emitted else "before its first token"
+                got = f"after {entry.emitted_count} tokens" if entry.emitted_count else "before its first token"
                 message = f"the request's time was up {got}: allow a longer timeout, or ask for less"
                 self._fail(entry, 504, "timeout", message)
         self.settle()
@@ -217,8 +222,7 @@ class Scheduler:
 
     def _tell_failure(self, entry: Entry, status: int, code: str, message: str) -> None:
         """The last word on a request, after all of its tokens."""
-        if tokens := self._outgoing.pop(entry.reply_to, None):
-            self._process.send(entry.reply_to, tokens)
+        self._outgoing.send(entry.reply_to)
         self._process.send(entry.reply_to, Refused(entry.submit.request, status, code, message))
 
     def _tell_again(self, entry: Entry, submit: Submit) -> None:
@@ -227,12 +231,9 @@ class Scheduler:
             return
         entry.attempt = submit.attempt
         entry.reply_to = submit.reply_to
-        outgoing = self._outgoing_for(submit.reply_to)
         have = len(submit.emitted)
-        for index, token in enumerate(entry.emitted[have:], have):
-            outgoing.requests.append(submit.request)
-            outgoing.index.append(index)
-            outgoing.tokens.append(token)
+        self._outgoing.add(submit.reply_to, submit.request, have, entry.emitted[have:])
+        outgoing = self._outgoing.to(submit.reply_to)
         outgoing.logprobs.extend(one for one in entry.logprobs if one.index >= have)
         outgoing.prompt_logprobs.extend(entry.prompt_logprobs)
 
@@ -261,9 +262,9 @@ class Scheduler:
         sequence.suspect = entry.suspect
         self._waiting.add(sequence)
 
-    def _refuse(self, submit: Submit, status: int, code: str, message: str, retry_after: float | None = None) -> None:
+    def _refuse(self, submit: Submit, status: int, code: str, message: str, retry_after: float | None = None, hold_s: float = 0.0) -> None:
         self._meters.refused(code)
-        self._process.send(submit.reply_to, Refused(submit.request, status, code, message, retry_after))
+        self._process.send(submit.reply_to, Refused(submit.request, status, code, message, retry_after, hold_s))
 
     def _cancel(self, request: int, reason: str) -> None:
         if entry := self._close(request, reason):
@@ -324,18 +325,16 @@ class Scheduler:
 
     def _look_ahead(self, epoch: Epoch) -> None:
         """Send the plan after the one in flight, if its result cannot change it."""
-        decision = plan_ahead(epoch.ledger, epoch.rows, self._running, self._limits)
-        if not decision.run:
+        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._limits)
+        if lookahead is None:
             return
-        run = [sequence.request for sequence, _ in decision.run]
-        lookahead = decision.lookahead if any(decision.lookahead) else []
-        epoch.ahead = Plan(epoch.number, epoch.ledger.step + 1, 0, [], [], [], run, [1] * len(run), ahead=True, lookahead=lookahead)
+        epoch.ahead = Plan(epoch.number, epoch.ledger.step + 1, 0, [], [], [], [], [], ahead=True, lookahead=lookahead)
         for name in self._ranks.names:
             self._process.send(name, epoch.ahead)
 
     def _fly(self, epoch: Epoch, message: Plan) -> None:
         epoch.fly(message)
-        self._meters.step_tokens.observe(sum(row.length for row in epoch.rows))
+        self._meters.step_tokens.observe(sum([row.length for row in epoch.rows]))
 
     def _started(self, sequence: Sequence, queued: Sequence, now: float) -> None:
         """A waiting request has its pages. The ledger's sequence takes over what the scheduler noted on the queued one."""
@@ -348,6 +347,8 @@ class Scheduler:
         entry.cached = max(entry.cached, min(sequence.cached, sequence.prompt))
         if entry.started is None:
             entry.started = now
+            if entry.emitted_count:  # under a scheduler before this one
+                entry.first_token = now
             self._meters.queue_time.observe(now - entry.arrived)
             self._meters.prompt_tokens.add(sequence.prompt)
             self._meters.cached_tokens.add(sequence.cached)
@@ -368,29 +369,34 @@ class Scheduler:
             return
         try:
             for step, ended, rows in epoch.land(result):
+                self._outgoing.step = step.step
                 self._last_step = now = time.monotonic()
                 self._meters.step(step)
                 self._account(step, rows, now)
                 if self._drafts:
                     self._count_drafts(step, epoch.ledger)
-                self._hand_out(step, {end.sequence.request: end for end in ended}, now)
+                self._hand_out(step, rows, {end.sequence.request: end for end in ended}, now)
         except Divergence as divergence:
             self._diverged(str(divergence))
 
     def _account(self, result: StepResult, rows: list[Row], now: float) -> None:
         """Note whom the step served, and how long that took."""
-        decodes = chunk = 0
-        for row in rows:
+        chunks = [row for row in rows if row.start < row.sequence.prompt]
+        chunk = 0
+        for row in chunks:
             sequence = row.sequence
-            if row.start >= sequence.prompt:
-                decodes += 1
-            else:
-                chunk += row.length
-                self._tenants.charge(sequence.tenant, row.length, 0)
-                if entry := self._running_entry(sequence.request):
-                    entry.chunks += 1
+            chunk += row.length
+            self._tenants.charge(sequence.tenant, row.length, 0)
+            if entry := self._running_entry(sequence.request):
+                entry.chunks += 1
+                if row.emits and entry.first_token is None:
+                    entry.first_token = now
+        decodes = len(rows) - len(chunks)
         self._speed.observe(decodes, chunk, result.times.total * 1e-9)
         self._work.add(decodes + chunk, now)
+        if len(rows) == 1 and rows[0].sequence.suspect and (entry := self._running_entry(rows[0].sequence.request)):
+            # Suspects run alone, and one that is past where it was is cleared.
+            rows[0].sequence.suspect = entry.suspect
 
     def _count_drafts(self, result: StepResult, ledger: Ledger) -> None:
         """Learn from what became of the drafts how many to ask for."""
@@ -402,44 +408,38 @@ class Scheduler:
                 if sequence := ledger.sequences.get(request):
                     sequence.lookahead = entry.pace.lookahead
 
-    def _hand_out(self, result: StepResult, ended: dict[int, Ended], now: float) -> None:
-        find, tokens, position = self._journal.get, result.tokens, 0
-        served: dict[str, int] = {}
-        receiver = None
-        to_requests, to_index, to_tokens = [], [], []
-        for request, count in zip(result.requests, result.counts, strict=True):
-            entry = find(request)
-            if entry is not None and entry.sequence is not None:
-                if entry.reply_to != receiver:
-                    receiver = entry.reply_to
-                    outgoing = self._outgoing_for(receiver)
-                    to_requests, to_index, to_tokens = outgoing.requests, outgoing.index, outgoing.tokens
-                emitted = entry.emitted
-                # A request that ended within its count has fewer tokens in the ledger than in the result.
-                taken = ended[request].sequence.emitted - len(emitted) if request in ended else count
-                for place in range(position, position + taken):
-                    to_requests.append(request)
-                    to_index.append(len(emitted))
-                    to_tokens.append(token := tokens[place])
-                    emitted.append(token)
-                tenant = entry.submit.tenant
-                served[tenant] = served.get(tenant, 0) + taken
-                if entry.first_token is None:
-                    entry.first_token = now
-                if entry.worker_deaths:
-                    entry.sequence.suspect = entry.suspect
-            position += count
+    def _hand_out(self, result: StepResult, rows: list[Row], ended: dict[int, Ended], now: float) -> None:
+        """Tell the tokenizers what their requests emitted. The mirror has committed it already."""
+        told = [row for row in rows if row.emits]
+        if self._aborts:  # only then may any of them be over
+            told = [row for row in told if self._running_entry(row.sequence.request)]
+        one_each = result.counts.count(1) == len(result.counts)
+        if one_each and told and not self._aborts and len(self._tokenizers) == 1:
+            # As most steps of most engines: the result's own columns.
+            (receiver,) = self._tokenizers
+            self._outgoing.add_step(receiver, result, told)
+        else:
+            for row in told:
+                sequence, known = row.sequence, row.start + row.length
+                receiver = self._entry(sequence.request).reply_to
+                self._outgoing.add(receiver, sequence.request, known - sequence.prompt, sequence.tokens[known:])
+        if one_each and self._tenants.live == 1 and told:
+            served = {told[0].sequence.tenant: len(told)}
+        else:
+            served = Counter()
+            for row in told:
+                served[row.sequence.tenant] += len(row.sequence.tokens) - row.start - row.length
         for tenant, taken in served.items():
             self._meters.emitted_tokens.add(taken)
             self._tenants.charge(tenant, 0, taken)
         for scores in result.logprobs:
             if entry := self._running_entry(scores.request):
                 entry.logprobs.append(scores)
-                self._outgoing_for(entry.reply_to).logprobs.append(scores)
+                self._outgoing.to(entry.reply_to).logprobs.append(scores)
         for scores in result.prompt_logprobs:
             if entry := self._running_entry(scores.request):
                 entry.prompt_logprobs.append(scores)
-                self._outgoing_for(entry.reply_to).prompt_logprobs.append(scores)
+                self._outgoing.to(entry.reply_to).prompt_logprobs.append(scores)
         if ended:
             for request, end in ended.items():
                 if self._running_entry(request) and (entry := self._forget(request, end.reason)):
@@ -450,15 +450,8 @@ class Scheduler:
             self._running = [sequence for sequence in self._running if sequence.request not in ended]
             self._finishes.add(len(ended), now)
 
-    def _outgoing_for(self, name: str) -> Tokens:
-        tokens = self._outgoing.get(name)
-        if tokens is None:
-            step = self._epoch.ledger.step if self._epoch else 0
-            tokens = self._outgoing[name] = Tokens(self._last_epoch, step, [], [], [], [], [], [])
-        return tokens
-
     def _tell_end(self, entry: Entry, end: TokenEnd) -> None:
-        self._outgoing_for(entry.reply_to).ends.append(end)
+        self._outgoing.to(entry.reply_to).ends.append(end)
 
     def _running_entry(self, request: int) -> Entry | None:
         """The entry of a request that a step has run. None if it is over, be it that it has been submitted again since."""
@@ -481,6 +474,7 @@ class Scheduler:
         for name in self._ranks.names:
             self._process.send(name, begin)
         self._epoch = Epoch(begin, len(self._ranks.names))
+        self._outgoing.epoch = self._last_epoch
         for entry in self._journal.entries():
             self._enqueue(entry, self._epoch.ledger)
 
@@ -490,7 +484,7 @@ class Scheduler:
         self._running, self._aborts = [], []
         self._waiting.clear()
         for entry in self._journal.entries():
-            entry.sequence = None
+            entry.leave_ledger()
 
     def _implicate(self, crashed: bool) -> None:
         """A rank has died: what ran in its step may have been why."""
@@ -503,7 +497,7 @@ class Scheduler:
             if entry is None:
                 continue
             entry.worker_deaths += 1
-            if entry.suspicion.implicate(crashed, len(entry.emitted), lost):
+            if entry.suspicion.implicate(crashed, entry.emitted_count, lost):
                 log.error("request %016x is not run again: %d workers died while they ran it", row.sequence.request, entry.worker_deaths)
                 self._meters.quarantines.add()
                 self._fail(entry, 500, "quarantined", QUARANTINED)

@@ -98,7 +98,8 @@ def multiply(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int, tile
 
 
 def _multiply_floats(x: torch.Tensor, w: DeviceWeight, y: torch.Tensor, width: int, tiles: Tiles | None) -> None:
-    product = Product.of(w, y, width, "floats", K_BLOCK, x.dtype, tiles)
+    kind = "float32" if w.values.dtype == torch.float32 else "floats"
+    product = Product.of(w, y, width, kind, K_BLOCK, w.values.dtype if kind == "float32" else x.dtype, tiles)
     linear_kernel[product.grid](
         x,
         w.values,

@@ -4,7 +4,7 @@
     weight codes [N, K], scales [groups, N] ─────────────────────┴▶ dot of STEP inputs ─▶ block [outputs, tokens]
 
     scales by groups of inputs     acc += block * (scale of weight * scale of input)      after each STEP
-    one scale a row                acc += block, and at the end of a split times both
+    one scale a row                acc += block * scale of weight, and at the end of a split times the scale of input
 
 Sums of int8 are exact. Hopper's tensor cores keep about 14 bits while they add up float8 (arXiv:2412.19437, section 3.3.2), so no more than
 STEP products are added there. Cards without float8 multiply the same values as bfloat16.
@@ -148,12 +148,14 @@ def scaled_kernel(
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32)
             else:
                 block = tl.dot(w, x, out_dtype=SUM).to(tl.float32)
-                # A plain sum would be made part of the product, and lose bits there.
-                acc = tl.fma(block, w_scale * x_scale[None, :] if GROUPED else tl.full([1, 1], 1.0, tl.float32), acc)
+                # A plain sum would be made part of the next product, and lose bits there: what is the weight's is multiplied here.
+                acc = tl.fma(block, w_scale * x_scale[None, :] if GROUPED else tl.broadcast_to(w_scale, [OUTPUTS, TOKENS]), acc)
         if GROUPED:
             total += acc
-        else:
+        elif WHOLE_NUMBERS:
             total = tl.fma(acc.to(tl.float32), w_scale * x_scale[None, :], total)
+        else:
+            total = tl.fma(acc, tl.broadcast_to(x_scale[None, :], [OUTPUTS, TOKENS]), total)
     store_product(Y, total, bias, outputs, tokens, end, first, y_rows, N, width, WHOLE, BIAS)
 
 

@@ -29,8 +29,8 @@ LEAST_SPLIT = 512
 SPLIT_STEP = 128
 """A split is a multiple of this: of K_BLOCK, and of what integers are taken in at a time."""
 
-Kind = Literal["floats", "grouped", "e4m3", "int8"]
-"""How a product is computed: in `linear.py`, in `grouped.py`, or in `scaled.py` in one of two types."""
+Kind = Literal["floats", "float32", "grouped", "e4m3", "int8"]
+"""How a product is computed: in `linear.py`, in 16 bits or in 32, in `grouped.py`, or in `scaled.py` in one of two types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,14 @@ class Rows:
 FEW = Rows(16, 128, 8, 4)
 SOME: dict[Kind, Rows] = {
     "floats": Rows(64, 64, 4, 4),
+    "float32": Rows(64, 64, 4, 3),
     "grouped": Rows(64, 64, 4, 3),
     "e4m3": Rows(64, 128, 8, 4),
     "int8": Rows(64, 128, 8, 4),
 }
 MANY: dict[Kind, Rows] = {
     "floats": Rows(128, 128, 8, 4),
+    "float32": Rows(64, 128, 8, 2),
     "grouped": Rows(64, 128, 8, 4),
     "e4m3": Rows(64, 128, 8, 4),
     "int8": Rows(128, 128, 8, 4),

@@ -83,7 +83,9 @@ class CpuBackend(BaseBackend):
         return {"min_dot_size": lambda left, right: (1, 1, 1)}
 
     def get_module_map(self) -> dict:
-        return {}
+        from headrace.kernels.triton_cpu import libdevice  # Triton's language is not there yet when it looks for backends
+
+        return {"triton.language.extra.libdevice": libdevice}
 
     def pack_metadata(self, metadata: Any) -> tuple:
         return ()

@@ -3,7 +3,7 @@
 import re
 
 from headrace.kernels.triton_cpu.program import Program, lowers
-from headrace.kernels.triton_cpu.tile_ir import Operation, Type, Unsupported, Value, parts
+from headrace.kernels.triton_cpu.tile_ir import Operation, Type, Value, parts
 
 
 @lowers("scf.for")
@@ -22,7 +22,7 @@ def _for(to: Program, op: Operation, number: int) -> int:
     kind = Type((), match[7] or "i32")
     inside[variable] = Value(kind, lambda index: counter)
     to.emit(f"for ({kind.c} {counter} = {begin.at([])}; {counter} < {end.at([])}; {counter} += {step.at([])}) {{")
-    end_line = to.nested(number + 1, inside, lambda names: _carry(to, cells, names))
+    end_line = to.nested(number + 1, inside, lambda names: _carry(to, cells, names), [name for name, _ in carried])
     to.emit("}")
     for name, cell in zip(op.results, cells, strict=True):
         to.scopes[-1][name] = cell
@@ -100,33 +100,34 @@ def _carry(to: Program, cells: list[Value], names: list[str]) -> None:
         to.emit(line)
 
 
+def _empty(to: Program, type: Type) -> Value:
+    origin = _origin(to, type)
+    return to.held(type, to.array(type), origin) if type.shape else to.scalar(type, f"{type.c}{{}}", origin)
+
+
+def _give(to: Program, cells: list[Value], names: list[str]) -> None:
+    for name, cell in zip(names, cells, strict=True):
+        value = to.value(name)
+        if cell.type.pointer:
+            to.emit(f"{cell.base} = {value.base};")
+        if cell.type.shape:
+            to.each(cell.type, lambda index, cell=cell, value=value: f"{cell.at(index)} = {value.at(index)};")
+        else:
+            to.emit(f"{cell.at([])} = {value.at([])};")
+
+
 @lowers("scf.if")
 def _if(to: Program, op: Operation, number: int) -> int:
     match = re.match(r"(%\S+)(?: -> \((.*)\))? \{", op.text)
     assert match, op.text
     condition = to.value(match[1])
-    types = [Type.parse(type) for type in parts(match[2])] if match[2] else []
-    cells = [
-        to.held(type, to.array(type), _origin(to, type)) if type.shape else to.scalar(type, f"{type.c}{{}}", _origin(to, type))
-        for type in types
-    ]
-
-    def give(names: list[str]) -> None:
-        for name, cell in zip(names, cells, strict=True):
-            value = to.value(name)
-            if cell.type.pointer:
-                to.emit(f"{cell.base} = {value.base};")
-            if cell.type.shape:
-                to.each(cell.type, lambda index, cell=cell, value=value: f"{cell.at(index)} = {value.at(index)};")
-            else:
-                to.emit(f"{cell.at([])} = {value.at([])};")
-
+    cells = [_empty(to, Type.parse(type)) for type in parts(match[2])] if match[2] else []
     to.emit(f"if ({condition.at([])}) {{")
-    end = to.nested(number + 1, {}, give)
+    end = to.nested(number + 1, {}, lambda names: _give(to, cells, names))
     to.emit("}")
     if to.body[end].startswith("} else {"):
         to.emit("else {")
-        end = to.nested(end + 1, {}, give)
+        end = to.nested(end + 1, {}, lambda names: _give(to, cells, names))
         to.emit("}")
     for name, cell in zip(op.results, cells, strict=True):
         to.scopes[-1][name] = cell
@@ -135,15 +136,28 @@ def _if(to: Program, op: Operation, number: int) -> int:
 
 @lowers("cf.cond_br")
 def _branch(to: Program, op: Operation, number: int) -> None:
-    match = re.match(r"(%\S+), \^(bb\d+), \^(bb\d+)", op.text)
-    if match is None:
-        raise Unsupported(f"{to.name}: a branch that passes values has no lowering on the CPU: {op.text}")
-    to.emit(f"if ({to.value(match[1]).at([])}) goto {match[2]}; else goto {match[3]};")
+    condition, yes, no = parts(op.text)
+    to.emit(f"if ({to.value(condition).at([])}) {{")
+    _go(to, yes)
+    to.emit("} else {")
+    _go(to, no)
+    to.emit("}")
 
 
 @lowers("cf.br")
 def _jump(to: Program, op: Operation, number: int) -> None:
-    to.emit(f"goto {op.text.lstrip('^')};")
+    _go(to, op.text)
+
+
+def _go(to: Program, target: str) -> None:
+    """To a block, which lies below, with what it is passed: a function that returns early is inlined as this."""
+    match = re.match(r"\^(bb\d+)(?:\((.*) : (.*)\))?$", target)
+    assert match, target
+    if match[2]:
+        if match[1] not in to.blocks:
+            to.blocks[match[1]] = [_empty(to, Type.parse(type)) for type in parts(match[3])]
+        _give(to, to.blocks[match[1]], parts(match[2]))
+    to.emit(f"goto {match[1]};")
 
 
 @lowers("tt.return")

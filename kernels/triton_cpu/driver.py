@@ -74,7 +74,7 @@ class CpuLauncher:
                 if value.device.type != "cpu":
                     raise ValueError(f"{self._name}: {name} is on {value.device}, this backend computes on the CPU")
                 slots[slot] = value.data_ptr()
-                tensors.append((name, value))
+                tensors.append((name, getattr(value, "base", value)))  # `triton.reinterpret` wraps a tensor
             else:
                 slots[slot] = value or 0
                 tensors.append((name, None))

@@ -57,7 +57,8 @@ def _infix(to: Program, op: Operation, number: int) -> None:
             return f"static_cast<{type.c}>({SHIFTS[sign]}({a}, {b}))"
         return f"static_cast<{type.c}>({a} {sign} {b})"
 
-    value = Value(type, at, left.cheap and right.cheap and not type.is_float)
+    near = (right.near if left.near is None else left.near) if op.name == "arith.addi" else None
+    value = Value(type, at, left.cheap and right.cheap and not type.is_float, near=near)
     if op.name in COSTLY and type.shape:
         value = to.hold(value)
     to.define(op.results[0], value)
@@ -163,6 +164,16 @@ def _called(to: Program, op: Operation, number: int) -> None:
     to.define(op.results[0], Value(type, lambda index: type.rounded(f"static_cast<{type.c}>({call}({x.at(index)}))"), False))
 
 
+@lowers("tt.extern_elementwise")
+def _external(to: Program, op: Operation, number: int) -> None:
+    match = re.search(r'symbol = "([^"]*)"', op.text)
+    assert match, op.text
+    if not match[1].startswith("std::"):  # what is not of libdevice.py
+        raise Unsupported(f"{to.name}: {match[1]} has no lowering on the CPU ({to.lines[op.line]})")
+    operands = Operation([], "", op.text.split(" {")[0], 0).operands(to.value)
+    to.define(op.results[0], Value(op.result, lambda i: f"{match[1]}({', '.join(one.at(i) for one in operands)})", False))
+
+
 @lowers("math.fma")
 def _fma(to: Program, op: Operation, number: int) -> None:
     a, b, c = op.operands(to.value)
@@ -222,7 +233,7 @@ def _converted(to: Program, op: Operation, number: int) -> None:
             expression = f"-static_cast<int>({expression})"
         return type.rounded(f"static_cast<{type.c}>({expression})")
 
-    to.define(op.results[0], Value(type, at, x.cheap and not type.is_float))
+    to.define(op.results[0], Value(type, at, x.cheap and not type.is_float, near=x.near))
 
 
 @lowers("arith.bitcast", "tt.bitcast")

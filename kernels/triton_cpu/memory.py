@@ -12,10 +12,9 @@ from headrace.kernels.triton_cpu.tile_ir import BYTES, Index, Operation, Type, V
 @lowers("tt.addptr")
 def _addptr(to: Program, op: Operation, number: int) -> None:
     pointer, offset = op.operands(to.value)
-    type = Type.parse(parts(op.types)[0])
-    to.define(
-        op.results[0], Value(type, lambda i: f"({pointer.at(i)} + {offset.at(i)})", pointer.cheap and offset.cheap, None, pointer.base)
-    )
+    type, cheap = Type.parse(parts(op.types)[0]), pointer.cheap and offset.cheap
+    near = pointer.near if offset.near is None else offset.near
+    to.define(op.results[0], Value(type, lambda i: f"({pointer.at(i)} + {offset.at(i)})", cheap, None, pointer.base, near))
 
 
 @lowers("tt.int_to_ptr")
@@ -52,7 +51,7 @@ def _load(to: Program, op: Operation, number: int) -> None:
         return
     held = to.held(type, to.array(type))
     if mask is None:
-        to.each(type, lambda index: f"{held.at(index)} = {get(index)};")
+        to.each(type, lambda index: f"{held.at(index)} = {get(index)};", pointer.near)
     else:
         # Where nothing is masked the loop has no branch, and vectors.
         every = to.fresh("m")
@@ -60,9 +59,10 @@ def _load(to: Program, op: Operation, number: int) -> None:
         to.emit(f"{every} = true;")
         to.each(type, lambda index: f"{every} &= {mask.at(index)};")
         to.emit(f"if ({every})")
-        to.each(type, lambda index: f"{held.at(index)} = {get(index)};")
+        to.each(type, lambda index: f"{held.at(index)} = {get(index)};", pointer.near)
         to.emit("else")
-        to.each(type, lambda index: f"{held.at(index)} = {mask.at(index)} ? {get(index)} : {other.at(index) if other else type.c + '{}'};")
+        none = lambda index: other.at(index) if other else f"{type.c}{{}}"  # noqa: E731
+        to.each(type, lambda index: f"{held.at(index)} = {mask.at(index)} ? {get(index)} : {none(index)};", pointer.near)
     to.scopes[-1][op.results[0]] = held
 
 
@@ -73,7 +73,7 @@ def _store(to: Program, op: Operation, number: int) -> None:
     store = lambda index: f"store(checks, {pointer.at(index)}, {value.at(index)}, {op.line}, {pointer.base});"  # noqa: E731
     guarded = (lambda index: f"if ({rest[0].at(index)}) {store(index)}") if rest else store
     if type.shape:
-        to.each(type, guarded)
+        to.each(type, guarded, pointer.near)
     else:
         to.emit(guarded([]))
 

@@ -1,6 +1,7 @@
 """Products of tiles, and of batches of them: every sum is a chain over K in order."""
 
 import math
+import re
 
 from headrace.kernels.triton_cpu.program import Program, lowers
 from headrace.kernels.triton_cpu.tile_ir import ROUNDED, Operation, Value
@@ -12,8 +13,12 @@ def _dot(to: Program, op: Operation, number: int) -> None:
     *batch, m, k = a.type.shape
     n = b.type.shape[-1]
     left, right = _rows(to, a), _rows(to, b)
-    held = to.held(op.result, to.array(op.result))
-    to.each(op.result, lambda index: f"{held.at(index)} = {c.at(index)};")
+    name = re.findall(r"%[\w$.-]+", op.text.split(" : ")[0])[2]
+    if name in to.carried[-1] and to.uses[name] == 2:  # where the loop names it, and here
+        held = c  # nobody else sees what the loop carries here: the product is added to it in place
+    else:
+        held = to.held(op.result, to.array(op.result))
+        to.each(op.result, lambda index: f"{held.at(index)} = {c.at(index)};")
     to.emit(f"for (int i = 0; i < {math.prod(batch)}; i++)")
     to.emit(f"add_product<{m}, {n}, {k}>({left} + i * {m * k}, {right} + i * {k * n}, {held.array} + i * {m * n});")
     if op.result.element in ROUNDED:

@@ -7,10 +7,10 @@ once), or *held*, an array of the program's scratch. Loads, products, reductions
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Unsupported, Value
+from headrace.kernels.triton_cpu.tile_ir import Index, Operation, Type, Unsupported, Value, parts
 
 SHORT, LONGEST = 300, 3000
 """Signs of C++ above which an element that is used more than once, or once, is computed where it stands."""
@@ -38,6 +38,10 @@ class Program:
     scopes: list[dict[str, Value]] = field(default_factory=lambda: [{}])
     owned: list[set[str]] = field(default_factory=lambda: [set()])
     """Arrays made in each open block."""
+    blocks: dict[str, list[Value]] = field(default_factory=dict)
+    """What branches to a block pass to it, by its label."""
+    carried: list[set[str]] = field(default_factory=lambda: [set()])
+    """What the loop whose body is each open block carries."""
     uses: Counter[str] = field(default_factory=Counter)
     places: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -82,7 +86,7 @@ class Program:
         """Scratch for a tile; in the innermost block."""
         name = self.fresh("t")
         self.declared.append(f"{type.c}* {name} = reinterpret_cast<{type.c}*>(scratch + {self.scratch});")
-        self.scratch += -(-type.size * 8 // 64) * 64
+        self.scratch += -(-type.size * type.width // 64) * 64
         self.owned[-1].add(name)
         return name
 
@@ -94,6 +98,7 @@ class Program:
         if value.array is not None or not value.type.shape:
             return value
         held = self.held(value.type, self.array(value.type), value.base)
+        held.near = value.near
         self.each(value.type, lambda index: f"{held.at(index)} = {value.at(index)};")
         return held
 
@@ -103,24 +108,25 @@ class Program:
         self.emit(f"{name} = {expression};")
         return Value(type, lambda index: name, True, None, base)
 
-    def each(self, type: Type, statement: Callable[[Index], str]) -> None:
-        """A statement for every element."""
+    def each(self, type: Type, statement: Callable[[Index], str], inner: int | None = None) -> None:
+        """A statement for every element; the innermost loop runs along `inner`, if that is said."""
         if len(type.shape) > DEEPEST:
             self.emit(f"for (int i = 0; i < {type.size}; i++) {{ {statement(unravelled(type.shape))} }}")
             return
         index = [f"i{axis}" for axis in range(len(type.shape))]
-        loops = "".join(f"for (int {i} = 0; {i} < {size}; {i}++) " for i, size in zip(index, type.shape, strict=True))
+        order = sorted(range(len(index)), key=lambda axis: axis == inner)
+        loops = "".join(f"for (int {index[axis]} = 0; {index[axis]} < {type.shape[axis]}; {index[axis]}++) " for axis in order)
         self.emit(f"{loops}{{ {statement(index)} }}")
 
     def define(self, name: str, value: Value) -> None:
-        """Give a result its name: scalars are computed now, tiles where they are used, if that is once or they are cheap and short."""
-        if not value.type.shape:
-            if value.array is None and value.cheap:
-                value = self.scalar(value.type, value.at([]), value.base)
-        elif value.array is None:
+        """Give a result its name. It is computed now if it is a cheap scalar, long, or used again and dear; else where it is used."""
+        if value.array is None:
             length = len(value.at([f"i{axis}" for axis in range(len(value.type.shape))]))
-            if length > (LONGEST if self.uses[name] == 1 else SHORT if value.cheap else 0):
+            long = length > (LONGEST if self.uses[name] == 1 else SHORT if value.cheap else 0)
+            if value.type.shape and long:
                 value = self.hold(value)
+            elif not value.type.shape and (value.cheap or long):
+                value = self.scalar(value.type, value.at([]), value.base)
         self.scopes[-1][name] = value
 
     def line_of(self, reference: str | None) -> int:
@@ -160,8 +166,10 @@ class Program:
                 return number
             reference = re.search(r"loc\((#loc\d*)\)\s*\{?$", line)
             line = re.sub(r"\s*loc\([^()]*(?:\([^()]*\))*\)", "", line).rstrip()
-            if match := re.match(r"\^(bb\d+)", line):
+            if match := re.match(r"\^(bb\d+)(?:\((.*)\))?:", line):
                 self.emit(f"}} {match[1]}: {{")
+                names = [one.split(":")[0] for one in parts(match[2])] if match[2] else []
+                self.scopes[-1] |= zip(names, self.blocks.get(match[1], []), strict=True)
                 number += 1
                 continue
             match = re.match(r"(?:(%[\w$.-]+(?:, %[\w$.-]+)*)(?::(\d+))? = )?\"?([a-z]+\.[\w.]+)\"?(.*)$", line)
@@ -180,11 +188,13 @@ class Program:
                 raise Unsupported(f"{self.name}: {operation.name} has no lowering on the CPU ({self.lines[operation.line]})")
             number = lowering(self, operation, number) or number + 1
 
-    def nested(self, number: int, names: dict[str, Value], yields: Callable[[list[str]], None]) -> int:
+    def nested(self, number: int, names: dict[str, Value], yields: Callable[[list[str]], None], carried: Iterable[str] = ()) -> int:
         """A block with names of its own."""
         self.scopes.append(names)
         self.owned.append(set())
+        self.carried.append(set(carried))
         end = self._block(number, yields)
+        self.carried.pop()
         self.owned.pop()
         self.scopes.pop()
         return end

@@ -16,7 +16,7 @@ def _program(to: Program, op: Operation, number: int) -> None:
 @lowers("tt.make_range")
 def _range(to: Program, op: Operation, number: int) -> None:
     start = op.attribute("start")
-    to.scopes[-1][op.results[0]] = Value(op.type, lambda index: f"({start} + {index[0]})" if start else index[0])
+    to.scopes[-1][op.results[0]] = Value(op.type, lambda index: f"({start} + {index[0]})" if start else index[0], near=0)
 
 
 @lowers("tt.splat")
@@ -29,7 +29,8 @@ def _splat(to: Program, op: Operation, number: int) -> None:
 def _expand(to: Program, op: Operation, number: int) -> None:
     (x,) = op.operands(to.value)
     axis = op.attribute("axis")
-    to.define(op.results[0], Value(op.result, lambda index: x.at([*index[:axis], *index[axis + 1 :]]), x.cheap, None, x.base))
+    near = None if x.near is None else x.near + (x.near >= axis)
+    to.define(op.results[0], Value(op.result, lambda index: x.at([*index[:axis], *index[axis + 1 :]]), x.cheap, None, x.base, near))
 
 
 @lowers("tt.broadcast")
@@ -37,7 +38,7 @@ def _broadcast(to: Program, op: Operation, number: int) -> None:
     (x,) = op.operands(to.value)
     x = x if x.cheap else to.hold(x)
     at = lambda index: x.at(["0" if size == 1 else i for size, i in zip(x.type.shape, index, strict=True)])  # noqa: E731
-    to.scopes[-1][op.results[0]] = Value(op.result, at, True, None, x.base)
+    to.scopes[-1][op.results[0]] = Value(op.result, at, True, None, x.base, x.near)
 
 
 @lowers("tt.trans")
@@ -48,7 +49,8 @@ def _transposed(to: Program, op: Operation, number: int) -> None:
     assert match, op.text
     order = [int(axis) for axis in match[1].split(",")]
     at = lambda index: x.at([index[order.index(axis)] for axis in range(len(order))])  # noqa: E731
-    to.scopes[-1][op.results[0]] = Value(op.result, at, True, None, x.base)
+    near = None if x.near is None else order.index(x.near)
+    to.scopes[-1][op.results[0]] = Value(op.result, at, True, None, x.base, near)
 
 
 @lowers("tt.reshape")

@@ -63,6 +63,11 @@ class Type:
             return f"{STORED[self.element]}*"
         return "float" if self.element in ROUNDED else "bool" if self.element == "i1" else STORED[self.element]
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element in a program."""
+        return 8 if self.pointer else 4 if self.element in ROUNDED else BYTES[self.element]
+
     def rounded(self, expression: str) -> str:
         return f"{ROUNDED[self.element]}({expression})" if not self.pointer and self.element in ROUNDED else expression
 
@@ -78,6 +83,8 @@ class Value:
     """The name of the array that holds it."""
     base: str = "-1"
     """For pointers, in C++: the number of the tensor they were made from, -1 where that is not known."""
+    near: int | None = None
+    """For indices and pointers: an axis along which neighbours seem to differ by one. Loops over memory run along it."""
 
 
 @dataclass(slots=True)

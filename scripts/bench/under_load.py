@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 import uvloop
-from processes import Engine, engine, parse
+from processes import Engine, engine, parse, shares
 
 from headrace.client import AsyncClient
 from headrace.client.bench.corpus import load_words
@@ -184,6 +184,7 @@ async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     await closed(32, 5)
     peak = max([await closed(streams, arguments.seconds / 4) for streams in (32, 64)])
     rate = 10 * peak / tokens
+    before, own_before = load.running.usage(), time.process_time()
     begun = time.perf_counter()
     ends = begun + arguments.seconds
     results: list[tuple[Stream, float]] = []
@@ -196,6 +197,8 @@ async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     while (now := time.perf_counter()) < ends:
         tasks.append(asyncio.create_task(one()))
         await asyncio.sleep(max(0.0, begun + len(tasks) / rate - now))
+    cores = shares(before, load.running.usage(), arguments.seconds)
+    cores["load generator"] = round((time.process_time() - own_before) / arguments.seconds, 4)
     await asyncio.gather(*tasks)
     served = [stream for stream, _ in results if not stream.error]
     refused = [1e3 * (at - stream.sent) for stream, at in results if stream.error == "refused"]
@@ -205,6 +208,7 @@ async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_tok_s": peak,
         "offered_requests_s": len(results) / arguments.seconds,
         "goodput_tok_s": good,
+        "cores_meanwhile": cores,
         "goodput_of_peak": good / peak,
         "served": len(served),
         "refused": len(refused),

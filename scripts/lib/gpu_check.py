@@ -33,6 +33,7 @@ from headrace.workers.model.config import DecoderConfig, LayerConfig, RopeConfig
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.names import HUGGINGFACE
 from tests.kernels import triton_parity
+from tests.kernels.draws import batch_of
 from tests.serving import Command
 
 DEVICE = torch.device("cuda")
@@ -268,6 +269,7 @@ def attentions(results: dict, peak: Peaks) -> None:
     rows = results["attention"] = []
     for kind, each, fresh, context in [("bf16", b, 1, c) for b, c in ((1, 2048), (1, 8192), (32, 2048), (128, 2048))] + [
         ("int8", 32, 1, 2048),
+        ("fp8", 32, 1, 2048),
         ("bf16", 1, 2048, 2048),
         ("bf16", 4, 512, 4096),
     ]:
@@ -276,13 +278,16 @@ def attentions(results: dict, peak: Peaks) -> None:
         if kind == "bf16":
             kv.keys.normal_(), kv.values.normal_()
         else:
-            kv.keys.random_(-127, 128), kv.values.random_(-127, 128), kv.scales.fill_(0.01)
+            # Bytes below 127 are numbers in float8 too.
+            for x in (kv.keys, kv.values):
+                x.view(torch.int8).random_(-127, 127)
+            kv.scales.fill_(0.01)
         batch = steps([fresh] * each, [context - fresh] * each, width)
         tokens = StepTokens.of(batch, DEVICE)
         q = torch.randn(each * fresh, 4096, device=DEVICE, dtype=kv.multiplied_as)
         tokens.tiles(4)
         took = milliseconds(lambda: ops.attention(q, heads, kv, tokens, 128**-0.5, None)) * 1e-3  # noqa: B023
-        moved = each * context * 2 * 8 * (128 * kv.keys.element_size() + (4 if kind == "int8" else 0)) + each * fresh * 4096 * 4
+        moved = each * context * 2 * 8 * (128 * kv.keys.element_size() + (4 if kv.scales is not None else 0)) + each * fresh * 4096 * 4
         done = each * 4 * 4096 * (fresh * context - fresh * (fresh - 1) // 2)
         rows.append(
             {
@@ -376,7 +381,25 @@ def serving(results: dict, model_path: str, kernels: str = "triton") -> None:
             print(f"  {work}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items() if value), flush=True)
 
 
-SECTIONS = {"model": model, "decode": decoding, "products": products, "attention": attentions, "parity": parity}
+def samplings(results: dict, _: Peaks) -> None:
+    """Milliseconds, of the host too, to sample rows of Llama-3's vocabulary."""
+    backend, rows = TritonBackend("cuda"), results.setdefault("sampling", [])
+    asked = {"greedy": {"temperature": 0.0}, "top p": {"top_p": 0.9}, "top p, logprobs": {"top_p": 0.9, "logprobs": 5}}
+    asked["penalties"] = {"top_p": 0.9, "repetition_penalty": 1.1, "output": tuple(range(500))}
+    for count in (1, 32, 128):
+        logits = torch.randn(count, LLAMA_8B.vocab_size, device=DEVICE) * 3
+        for name, settings in asked.items():
+            batch, took = batch_of(*({"seed": seed} | settings for seed in range(count))), []
+            for _ in range(12):
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+                backend.sample(logits, batch)
+                took.append(time.perf_counter() - begun)
+            rows.append({"rows": count, "asked": name, "ms": float(np.median(took[3:])) * 1e3})
+            print(f"  {count:4} rows, {name:16} {rows[-1]['ms']:6.2f} ms", flush=True)
+
+
+SECTIONS = {"model": model, "decode": decoding, "products": products, "attention": attentions, "sampling": samplings, "parity": parity}
 
 
 def sections(names: list[str]) -> Iterator[tuple[str, Callable[[dict, Peaks], None]]]:

@@ -27,20 +27,28 @@ class Refusal(Exception):
     """A request that is answered with an error instead of a result."""
 
     def __init__(
-        self, message: str, param: str | None = None, status: int = 400, code: str | None = None, retry_after: float | None = None
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        retry_after: float | None = None,
+        hold_s: float = 0.0,
     ) -> None:
+        """`hold_s` as in `Refused`."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.status = status
         self.code = code
         self.retry_after = retry_after
+        self.hold_s = hold_s
 
     @classmethod
     def of(cls, failure: Failed | CallFailed) -> "Refusal":
         """What the engine answered."""
-        retry_after = failure.retry_after if isinstance(failure, Failed) else None
-        return cls(failure.message, failure.param, failure.status, failure.code, retry_after)
+        retry_after, hold_s = (failure.retry_after, failure.hold_s) if isinstance(failure, Failed) else (None, 0.0)
+        return cls(failure.message, failure.param, failure.status, failure.code, retry_after, hold_s)
 
     def body(self) -> bytes:
         """The error object, as JSON."""

@@ -9,31 +9,11 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from headrace.kernels.ops import Sampled, SamplingBatch
+from headrace.kernels.ops import Sampled
 from headrace.kernels.philox import philox4x32, uniform
 from headrace.kernels.reference import sampling
 from headrace.kernels.reference.sampling import sample, score
-
-OFF = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "seed": 0,
-    "position": 0,
-    "logit_bias": (),
-    "banned": (),
-    "prompt": (),
-    "output": (),
-    "logprobs": None,
-}
-
-
-def batch_of(*rows: dict) -> SamplingBatch:
-    return SamplingBatch(**{name: [(OFF | row)[name] for row in rows] for name in OFF})
+from tests.kernels.draws import OFF, batch_of
 
 
 def sample_one(logits: list[float] | torch.Tensor, **settings) -> Sampled:

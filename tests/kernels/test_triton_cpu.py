@@ -135,6 +135,58 @@ def test_loops_branches_and_reductions_do_what_they_say():
 
 
 @triton.jit
+def repeated_kernel(X, Y, CODES, OUT, BLOCK: tl.constexpr, TIMES: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    one, x, i = tl.load(X), tl.load(X + at), tl.load(CODES + at)
+    for _ in tl.static_range(TIMES):
+        one = one * one - one
+        x = x * x - x
+        i = i * i - (i >> 3)
+    tl.store(Y + at, x)
+    tl.store(Y + BLOCK, one)
+    tl.store(OUT + at, i)
+
+
+def test_values_that_are_used_again_are_computed_once():
+    # Written out where they are used, they would double with every step.
+    x, y = torch.rand(16, generator=torch.Generator().manual_seed(6)), torch.empty(17)
+    i, j = torch.arange(16, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    repeated_kernel[(1,)](x, y, i, j, BLOCK=16, TIMES=60)
+    for _ in range(60):
+        x, i = x * x - x, i * i - (i >> 3)
+    assert torch.equal(y, torch.cat([x, x[:1]]))
+    assert torch.equal(j, i)
+
+
+@triton.jit
+def capped(x, limit):
+    largest = tl.max(x, 0)
+    if largest > limit:
+        if largest > 2 * limit:
+            return x * 0, 2
+        return x / largest * limit, 1
+    return x, 0
+
+
+@triton.jit
+def capped_kernel(X, Y, HOW, limit, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) == 3:
+        return
+    y, how = capped(tl.load(X + at), limit)
+    tl.store(Y + at, y)
+    tl.store(HOW + tl.program_id(0), how)
+
+
+def test_functions_and_kernels_may_return_early():
+    x = torch.tensor([[1.0, 2.0], [8.0, 2.0], [9.0, 1.0], [1.0, 1.0]])
+    y, how = torch.full((4, 2), -1.0), torch.full((4,), -1, dtype=torch.int32)
+    capped_kernel[(4,)](x, y, how, 4.0, BLOCK=2)
+    assert y.tolist() == [[1.0, 2.0], [4.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]
+    assert how.tolist() == [0, 1, 2, -1]
+
+
+@triton.jit
 def divide_kernel(X, D, Y, Z, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x, d = tl.load(X + at), tl.load(D + at)
@@ -239,6 +291,15 @@ def test_checks_find_programs_that_write_parts_of_one_place(checks):
     out = torch.empty(4, 32)
     with pytest.raises(MemoryError, match="uneven_kernel: programs race"):
         uneven_kernel[(2,)](out, out.view(torch.int16))
+
+
+def test_checks_know_the_memory_of_a_tensor_that_is_seen_as_another_type(checks):
+    codes = torch.randint(0, 120, (64,), generator=torch.Generator().manual_seed(6)).to(torch.uint8)
+    out = torch.empty(64)
+    convert_kernel[(1,)](triton.reinterpret(codes, tl.float8e4nv), out, 64, BLOCK=64)
+    assert torch.equal(out, codes.view(torch.float8_e4m3fn).float())
+    with pytest.raises(IndexError, match="64 bytes from the begin of X"):
+        convert_kernel[(1,)](triton.reinterpret(codes, tl.float8e4nv), out, 65, BLOCK=128)
 
 
 @triton.jit

@@ -69,17 +69,17 @@ def rows_kernel(X, PLACES, Y, ADDED, rows, N: tl.constexpr):
     one = tl.make_tensor_descriptor(X, [rows, N], [N, 1], [1, N])
     places = tl.load(PLACES + tl.arange(0, 8))
     got = one.gather(places, 0)
-    tl.store(Y + tl.arange(0, 8)[:, None] * N + tl.arange(0, N)[None, :], got)
+    tl.store(Y + tl.program_id(0) * 8 * N + tl.arange(0, 8)[:, None] * N + tl.arange(0, N)[None, :], got)
     added = tl.make_tensor_descriptor(ADDED, [4, N], [N, 1], [8, N])
     added.atomic_add([0, 0], got)
 
 
 def test_descriptors_gather_rows_and_add_atomically():
-    x, y, added = torch.arange(80.0).view(5, 16), torch.empty(8, 16), torch.ones(4, 16)
+    x, y, added = torch.arange(80.0).view(5, 16), torch.empty(3, 8, 16), torch.ones(4, 16)
     places = torch.tensor([4, 0, 0, 3, 9, 1, 2, -1], dtype=torch.int32)
     rows_kernel[(3,)](x, places, y, added, 5, N=16)
     expected = torch.stack([x[place] if 0 <= place < 5 else torch.zeros(16) for place in places.tolist()])
-    assert torch.equal(y, expected)
+    assert torch.equal(y, expected.expand(3, 8, 16))
     assert torch.equal(added, 1 + 3 * expected[:4])
 
 

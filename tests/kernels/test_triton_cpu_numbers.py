@@ -9,6 +9,7 @@ if torch.cuda.is_available():
     pytest.skip("there is a GPU, so the CPU's backend is not active", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
+from triton.language.extra import libdevice  # noqa: E402
 
 from headrace.kernels.philox import philox4x32  # noqa: E402
 
@@ -199,6 +200,24 @@ def test_functions_are_those_of_torch(dtype):
             out[place].double(), one.double(), rtol=bound, atol=bound, msg=lambda said, place=place: f"{place}: {said}"
         )
     assert torch.equal(out[13].double(), torch.fmod(wide, y.double()))
+
+
+@triton.jit
+def library_kernel(X, Y, OUT, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x, y = tl.load(X + at), tl.load(Y + at)
+    tl.store(OUT + at, libdevice.tanh(x))
+    tl.store(OUT + N + at, libdevice.log1p(tl.abs(x)))
+    tl.store(OUT + 2 * N + at, libdevice.pow(tl.abs(x), y))
+    tl.store(OUT + 3 * N + at, libdevice.round(x))
+
+
+def test_functions_of_libdevice_are_those_of_torch():
+    x, y = (torch.randn(N, generator=torch.Generator().manual_seed(seed)) for seed in (9, 10))
+    out = torch.empty(4, N)
+    library_kernel[(1,)](x, y, out, N=N)
+    away_from_zero = x.sign() * (x.abs() + 0.5).floor()
+    torch.testing.assert_close(out, torch.stack([x.tanh(), x.abs().log1p(), x.abs() ** y, away_from_zero]), rtol=1e-5, atol=1e-6)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from hmac import compare_digest
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,6 +120,25 @@ async def test_a_stream_that_fails_before_it_has_begun_is_answered_by_a_status(s
     assert found == status
     assert code in said
     assert response.headers["Retry-After"] == "3"
+
+
+async def test_while_the_queue_is_known_to_be_full_new_requests_are_refused_by_the_server_itself(stage, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("headrace.server.state.time", SimpleNamespace(monotonic=lambda: now))
+    answer = stage.stream()
+    (first,) = (await stage.desk.accept()).requests
+    stage.desk.send(Failed(first, 429, "overloaded", "9 requests are waiting already", None, 3.0, hold_s=0.2))
+    assert (await answer)[0] == 429
+    for ask in (stage.complete, stage.stream):
+        status, said, response = await ask()
+        assert status == 429
+        assert "9 requests are waiting" in str(said)
+        assert response.headers["Retry-After"] == "3"
+    refused = [one for one in stage.process.metrics.snapshot() if one.name == "headrace_requests_refused_total"]
+    assert [(one.labels, one.value) for one in refused] == [((("cause", "overloaded"),), 2)]
+    await stage.delivered()  # what needs no place in the queue is answered
+    now += 0.3
+    assert await stage.complete_and_finish() == "fine"
 
 
 async def test_when_one_of_several_prompts_is_refused_nothing_of_the_others_runs_on(stage):

@@ -356,9 +356,9 @@ async def test_nobody_can_abort_anothers_request(stage):
 async def test_a_refused_request_fails_with_what_the_scheduler_said(stage):
     stage.frontend.generate(1)
     await stage.submitted()
-    stage.tell(Refused(1, 429, "overloaded", "try again in 2 s", 2.0))
+    stage.tell(Refused(1, 429, "overloaded", "try again in 2 s", 2.0, 0.1))
     (failed,) = await stage.frontend.ended(1)
-    assert failed == Failed(1, 429, "overloaded", "try again in 2 s", None, 2.0)
+    assert failed == Failed(1, 429, "overloaded", "try again in 2 s", None, 2.0, 0.1)
     assert stage.forgotten()
 
 

@@ -19,7 +19,6 @@ from headrace.engine.messages.wire import Message
 from headrace.engine.process import EngineSpec
 from headrace.engine.scheduler import epoch as epoch_module
 from headrace.engine.scheduler import scheduler as scheduler_module
-from headrace.engine.scheduler.plan import Decision
 from headrace.engine.scheduler.scheduler import Scheduler
 from headrace.workers import worker as worker_module
 from headrace.workers.runner import ModelRunner
@@ -144,5 +143,5 @@ class Company:
         return answers
 
 
-def _never(*_: object) -> Decision:
-    return Decision()
+def _never(*_: object) -> None:
+    """No plan ahead."""

@@ -283,3 +283,30 @@ def test_any_trace_keeps_every_invariant_and_two_ledgers_alike(data, pages, pref
         ledger.release(request)
     ledger.check()
     assert ledger.available == pages
+
+
+def ahead(ledger: Ledger, lookahead=()) -> Plan:
+    return Plan(1, ledger.step, 0, [], [], [], [], [], ahead=True, lookahead=list(lookahead))
+
+
+def test_a_plan_ahead_goes_on_with_the_rows_of_the_step_before_but_for_what_it_ended():
+    ledger = Ledger(begin())
+    step(ledger, {1: 3, 2: 3, 3: 3}, [admit(1, [1, 2, 3]), admit(2, [4, 5, 6], max_tokens=1), admit(3, [7, 8, 9])])
+    rows = ledger.apply(ahead(ledger, [0, 2, 1]))
+    assert [(row.sequence.request, row.start, row.length, row.emits, row.lookahead) for row in rows] == [
+        (1, 3, 1, True, 0),
+        (3, 3, 1, True, 1),
+    ]
+    ledger.check()
+
+
+def test_drafts_for_other_rows_than_there_were_are_refused():
+    ledger = Ledger(begin())
+    step(ledger, {1: 3}, [admit(1, [1, 2, 3])])
+    with pytest.raises(LedgerError, match="drafts for 2 rows, the step before had 1"):
+        ledger.apply(ahead(ledger, [1, 1]))
+
+
+def test_a_plan_ahead_that_names_requests_is_no_message():
+    with pytest.raises(ValueError, match="names requests"):
+        Plan(1, 1, 0, [], [], [], [1], [1], ahead=True)

@@ -195,7 +195,7 @@ class World:
             "running": scheduler._running,
             "aborts": scheduler._aborts,
             "deadlines": scheduler._deadlines,
-            "outgoing": scheduler._outgoing,
+            "outgoing": scheduler._outgoing._messages,
             "tenants": scheduler._tenants._live,
             "digests": scheduler._epoch._digests,
             "early results": scheduler._epoch._early,
