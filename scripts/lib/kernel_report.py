@@ -47,7 +47,7 @@ class Shape:
     vocabulary: int
     qk_norm: bool = False
     experts: int = 0
-    """Of which a token uses USED, each of width `mlp`."""
+    """Of which a token uses USED, each of width `mlp`. Of such a model only what stands in for an MLP is compiled."""
 
 
 USED = 8
@@ -128,11 +128,10 @@ def expert_launches(shape: Shape, target: str) -> Iterator[tuple[str, Launch]]:
 def launches(shape: Shape, target: str) -> Iterator[tuple[str, Launch]]:
     """Name and call of every launch of a step that differs in more than its grid: decoding one request, 64, and a prompt of 2048."""
     heads, width = shape.heads, (shape.heads.query_heads + 2 * shape.heads.kv_heads) * shape.heads.dim
-    layers = {"qkv": (width, shape.hidden)}
     if shape.experts:
         yield from expert_launches(shape, target)
-    else:
-        layers |= {"gate up": (2 * shape.mlp, shape.hidden), "down": (shape.hidden, shape.mlp)}
+        return
+    layers = {"qkv": (width, shape.hidden), "gate up": (2 * shape.mlp, shape.hidden), "down": (shape.hidden, shape.mlp)}
     for form in FORMS:
         for name, (n, k) in layers.items():
             if form != "bf16" and name == "qkv":

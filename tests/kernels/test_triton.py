@@ -75,10 +75,11 @@ def test_a_product_is_split_by_its_weight_alone_and_whole_blocks_at_a_time(split
 
 
 MODELS, TARGETS = ("Llama-3-8B", "Llama-3-70B/TP8", "Qwen3-32B/TP4"), ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+EXPERTS = pytest.param("Qwen3-30B-A3B", "sm_90", 1, marks=pytest.mark.slow)
 EVERY = [pytest.param(model, target, 1, marks=pytest.mark.slow) for model in MODELS for target in TARGETS]
 
 
-@pytest.mark.parametrize(("model", "target", "every"), [("Llama-3-8B", "sm_90", 4), *EVERY])
+@pytest.mark.parametrize(("model", "target", "every"), [("Llama-3-8B", "sm_90", 4), *EVERY, EXPERTS])
 def test_no_kernel_exceeds_its_budget_on_a_gpu_that_is_not_here(model, target, every, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from scripts.lib.kernel_report import check
