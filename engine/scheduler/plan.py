@@ -121,7 +121,7 @@ def plan(
     budget -= len(run) + sum(decision.lookahead)
 
     if speed is not None and decision.run and (prefills or waiting):
-        budget = min(budget, speed.chunk(len(decision.run), budget))
+        budget = min(budget, speed.chunk(len(decision.run), budget, prefills[0].computed if prefills else 0))
     for sequence in prefills:
         if sequence.request in preempted or budget == 0:
             continue

@@ -394,7 +394,7 @@ class Scheduler:
                 if row.emits and entry.first_token is None:
                     entry.first_token = now
         decodes = len(rows) - len(chunks)
-        self._speed.observe(decodes, chunk, result.times.total * 1e-9)
+        self._speed.observe(decodes, [(row.length, row.start) for row in chunks], result.times.total * 1e-9)
         self._work.add(decodes + chunk, now)
         if len(rows) == 1 and rows[0].sequence.suspect and (entry := self._running_entry(rows[0].sequence.request)):
             # Suspects run alone, and one that is past where it was is cleared.

@@ -2,20 +2,32 @@
 
 A request that decodes sees each step as the pause before its next token. A chunk beside it may stretch that pause, but only so far:
 
-    pause = decodes(n) + chunk × token   ≤   max(target, STRETCH × decodes(n))
+    pause = decodes(n) + chunk(tokens, context)   ≤   max(target, STRETCH × decodes(n))
 
-Both terms are averages of what was measured, so they follow the machine, the model and the growing context by themselves.
+    chunk(tokens, context) = token × tokens + place × (tokens + READ) × context
+
+Every token of a chunk attends to all places before it, so deep in a long prompt a chunk of the same size takes many times as long; and
+the keys and values of these places must be read once, however few the tokens are. `token` and `place` are seconds, learnt from the steps
+that were measured, so they follow the machine and the model. Called by the scheduler after each step, and by `plan`.
 """
+
+from collections.abc import Iterable
 
 STRETCH = 1.6
 """How much longer than a step of decodes alone one with a chunk may be, where that is more than the target."""
 
-LEAST = 16
-"""Tokens of a chunk that are always allowed: smaller ones cost more than they are worth. A chunk reads all keys and values before it,
-however few its tokens are: behind 8,000, chunks of 4 took a prompt three times as long, and others paused no less."""
+LEAST = 8
+"""Tokens of a chunk that are always allowed: with fewer, much of its time is the reading of what lies before it. Behind 8,000 places, and
+beside 16 decodes of a small model, chunks of 4, 8 and 16 made steps 3, 4 and 6 times as long as the decodes alone."""
+
+READ = 4
+"""Reading keys and values takes as long as attending to them does for so many tokens."""
 
 _NEWEST = 0.2
 """Weight of the newest measurement."""
+
+_PLACES = 1000
+"""Places by a thousand, so that both of what is learnt are of one order."""
 
 
 class Speed:
@@ -24,24 +36,38 @@ class Speed:
         self._decodes: dict[int, float] = {}
         """Seconds of a step of decodes alone, by the bit length of their number."""
         self._token = 0.0
-        """Seconds that a token of a chunk adds to a step; 0 before the first was measured."""
+        """Seconds that a token of a chunk adds to a step, what it attends to aside; 0 before the first was measured."""
+        self._place = 0.0
+        """Seconds that a token adds for each thousand places that it attends to."""
 
-    def observe(self, decodes: int, chunk: int, seconds: float) -> None:
-        """A step of so many decodes and so many other tokens took `seconds`."""
-        if chunk == 0:
+    def observe(self, decodes: int, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
+        """A step of so many decodes, and of other rows (tokens, places before them), took `seconds`."""
+        tokens = places = 0.0
+        for length, context in chunks:
+            tokens += length
+            places += ((length + READ) * context + length * length / 2) / _PLACES
+        if not tokens:
             size = decodes.bit_length()
             known = self._decodes.get(size, seconds)
             self._decodes[size] = known + _NEWEST * (seconds - known)
-        else:
-            token = max(0.0, seconds - self._of_decodes(decodes)) / chunk
-            self._token += (_NEWEST if self._token else 1.0) * (token - self._token)
+            return
+        took = max(0.0, seconds - self._of_decodes(decodes))
+        if not self._token:
+            self._token = took / tokens
+            return
+        # Towards the nearest pair of values that explains it (normalized least mean squares): what a step says nothing of stays as it is.
+        share = _NEWEST * (took - self._token * tokens - self._place * places) / (tokens * tokens + places * places)
+        self._token = max(self._token / 2, self._token + share * tokens)
+        self._place = max(0.0, self._place + share * places)
 
-    def chunk(self, decodes: int, most: int) -> int:
-        """Tokens that may run beside so many decodes, up to `most`."""
+    def chunk(self, decodes: int, most: int, context: int = 0) -> int:
+        """Tokens of a chunk behind so many places that may run beside so many decodes, up to `most`."""
         if not decodes or not self._token:
             return most
         alone = self._of_decodes(decodes)
-        return min(most, max(LEAST, int((max(self._target, STRETCH * alone) - alone) / self._token)))
+        left = max(self._target, STRETCH * alone) - alone
+        place = self._place * context / _PLACES
+        return min(most, max(LEAST, int((left - READ * place) / (self._token + place))))
 
     def _of_decodes(self, decodes: int) -> float:
         """A step of so many decodes alone: as measured, or as the nearest smaller number was."""

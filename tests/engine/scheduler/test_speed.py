@@ -1,0 +1,44 @@
+"""How long chunks may be, on machines whose speed is known."""
+
+import pytest
+
+from headrace.engine.scheduler.speed import LEAST, READ, STRETCH, Speed
+
+DECODES, ALONE = 16, 0.028
+
+
+def seconds(tokens: int, context: int, token: float, place: float) -> float:
+    """A step with a chunk on such a machine."""
+    return ALONE + token * tokens + place * ((tokens + READ) * context + tokens * tokens / 2)
+
+
+def pauses(speed: Speed, token: float, place: float, until: int) -> list[float]:
+    """Of the decodes, while a prompt of `until` tokens is computed beside them."""
+    found, context = [], 0
+    while context < until:
+        chunk = speed.chunk(DECODES, 256, context)
+        found.append(seconds(chunk, context, token, place))
+        speed.observe(DECODES, [(chunk, context)], found[-1])
+        context += chunk
+    return found
+
+
+@pytest.mark.parametrize(("token", "place"), [(8e-4, 1e-7), (2e-4, 4e-8), (5e-3, 0.0)])
+def test_pauses_keep_to_the_target_however_deep_in_a_prompt(token, place):
+    speed = Speed(0.05)
+    speed.observe(DECODES, [], ALONE)
+    speed.observe(0, [(256, 0)], seconds(256, 0, token, place) - ALONE)
+    allowed = max(0.05, STRETCH * ALONE)
+    found = pauses(speed, token, place, 8000)
+    late = found[20:]
+    assert max(late) < 1.15 * max(allowed, seconds(LEAST, 8000, token, place))
+    assert sum(late) / len(late) > 0.7 * min(allowed, seconds(LEAST, 4000, token, place)), "nor are they shorter than they may be"
+
+
+def test_a_short_prompt_after_a_long_one_is_not_taken_for_as_slow():
+    speed = Speed(0.05)
+    speed.observe(DECODES, [], ALONE)
+    speed.observe(0, [(256, 0)], 0.25)
+    pauses(speed, 8e-4, 1e-7, 8000)
+    assert speed.chunk(DECODES, 256, 8000) <= 12
+    assert speed.chunk(DECODES, 256, 0) >= 20
