@@ -54,11 +54,11 @@ def _load(to: Program, op: Operation, number: int) -> None:
         to.each(type, lambda index: f"{held.at(index)} = {get(index)};", pointer.near)
     else:
         # Where nothing is masked the loop has no branch, and vectors.
-        every = to.fresh("m")
-        to.declared.append(f"bool {every}{{}};")
-        to.emit(f"{every} = true;")
-        to.each(type, lambda index: f"{every} &= {mask.at(index)};")
-        to.emit(f"if ({every})")
+        masked = to.fresh("m")
+        to.declared.append(f"int {masked}{{}};")
+        to.emit(f"{masked} = 0;")
+        to.each(type, lambda index: f"{masked} |= !({mask.at(index)});")
+        to.emit(f"if ({masked} == 0)")
         to.each(type, lambda index: f"{held.at(index)} = {get(index)};", pointer.near)
         to.emit("else")
         none = lambda index: other.at(index) if other else f"{type.c}{{}}"  # noqa: E731
