@@ -36,7 +36,10 @@ class FlippingWorker(Worker):
 
 
 def _takes_a_page(ledger: Ledger, plan: Plan) -> bool:
-    for request, length, lookahead in zip(plan.run, plan.lengths, plan.lookahead or [0] * len(plan.run), strict=True):
+    # A plan ahead goes on with the rows of the step before.
+    run = [row.sequence.request for row in ledger._before] if plan.ahead else plan.run
+    lengths = [1] * len(run) if plan.ahead else plan.lengths
+    for request, length, lookahead in zip(run, lengths, plan.lookahead or [0] * len(run), strict=True):
         if sequence := ledger.sequences.get(request):
             drafts = min(lookahead, sequence.limit - len(sequence.tokens) - 1)
             if sequence.computed + length + drafts > len(sequence.pages) * ledger.page_size:
