@@ -123,7 +123,7 @@ def grouped_kernel(
                 factor = group_values(scales, at, rows, N, K, GROUP, SPREAD)
                 if MINIMUMS:
                     minimum = group_values(minimums, at, rows, N, K, GROUP, SPREAD)
-                    sum = tl.load(sums + (at // FOLD).to(tl.int64) * T + sources, mask=(sources < T) & (at < K), other=0.0)
+                    sum = tl.load(sums + (at // FOLD) * T.to(tl.int64) + sources, mask=(sources < T) & (at < K), other=0.0)
                 block = tl.zeros([OUTPUTS, TOKENS], tl.float32)
                 for part in tl.static_range(FOLD // PART):
                     columns = at + part * PART + tl.arange(0, PART)

@@ -138,7 +138,7 @@ def scaled_kernel(
                 else:
                     w_scale = tl.load(w_scales + (k // W_GROUP) * (N // SPREAD) + rows // SPREAD)[:, None]
             if X_GROUP != 0:
-                x_scale = tl.load(x_scales + (k // X_GROUP).to(tl.int64) * T + sources)
+                x_scale = tl.load(x_scales + (k // X_GROUP) * T.to(tl.int64) + sources)
             columns = k + tl.arange(0, STEP)
             x = columns_of(x_rows, columns[:, None], K, EVEN)
             w = columns_of(w_rows, columns[None, :], K, EVEN)
