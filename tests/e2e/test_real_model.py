@@ -186,7 +186,7 @@ async def test_the_reference_kernels_give_the_same_answers_in_any_company():
         assert differences(await run(other.url, other.model, few), alone) == {}
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["float32", "as served"])
+@pytest.mark.parametrize("exact", [pytest.param(True, marks=pytest.mark.slow), False], ids=["float32", "as served"])
 async def test_a_few_words_from_the_reference_kernels_are_those_of_the_native_ones(exact):
     request = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 3, "logprobs": 0}
     numbers = {"activations": "f32", "kv_dtype": "f32"} if exact else {}

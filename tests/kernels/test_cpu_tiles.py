@@ -15,6 +15,8 @@ COMPILER = os.environ.get("CXX", "g++")
 pytestmark = [
     pytest.mark.skipif(os.uname().machine not in ("x86_64", "AMD64"), reason="tiles are x86-64's"),
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler"),
+    # The kernels are compiled a second time.
+    pytest.mark.slow,
 ]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wno-psabi", f"-I{SOURCES}", "-pthread", "-c"]
 

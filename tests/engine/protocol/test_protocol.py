@@ -23,7 +23,7 @@ from tests.engine.protocol.peers import FRONTEND
 from tests.engine.protocol.world import DESKS, RANKS, World
 
 SHORT = settings(
-    max_examples=210,
+    max_examples=240,
     stateful_step_count=50,
     derandomize=True,
     deadline=None,
