@@ -67,6 +67,8 @@ def test_every_token_and_every_draft_has_its_id_place_and_slot(rows, dice):
 class Recording:
     """A backend whose model and sampler do nothing but remember what they were asked."""
 
+    step_tokens = 256
+
     def __init__(self) -> None:
         self.asked: list[dict] = []
 
