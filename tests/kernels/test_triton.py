@@ -36,7 +36,8 @@ def test_every_op_is_what_the_reference_gives_in_every_type_and_to_the_bit_in_an
     assert [one for one in found if not one["ok"]] == []
 
 
-@pytest.mark.parametrize("shard", [0, *(pytest.param(shard, marks=pytest.mark.slow) for shard in range(1, SHARDS))])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_op_is_what_the_reference_gives_in_the_interpreter(shard):
     # The interpreter multiplies matrices by a BLAS, whose rows know their neighbours, and rounds to float8 wrongly: neither is compared.
     every = outcomes("--shard", str(shard), str(SHARDS), timeout=300, interpreted=True)
@@ -80,7 +81,7 @@ EXPERTS = pytest.param("Qwen3-30B-A3B", "sm_90", 1, marks=pytest.mark.slow)
 EVERY = [pytest.param(model, target, 1, marks=pytest.mark.slow) for model in MODELS for target in TARGETS]
 
 
-@pytest.mark.parametrize(("model", "target", "every"), [("Llama-3-8B", "sm_90", 4), *EVERY, EXPERTS])
+@pytest.mark.parametrize(("model", "target", "every"), [("Llama-3-8B", "sm_90", 7), *EVERY, EXPERTS])
 def test_no_kernel_exceeds_its_budget_on_a_gpu_that_is_not_here(model, target, every, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from scripts.lib.kernel_report import check
