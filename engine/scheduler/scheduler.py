@@ -26,9 +26,10 @@ from headrace.engine.messages.tokens import Cancel, Refused, SchedulerUp, Submit
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names, worker_names
 from headrace.engine.process import Process, main
+from headrace.engine.scheduler.admission import Admission, Load
 from headrace.engine.scheduler.epoch import Divergence, Epoch
 from headrace.engine.scheduler.journal import Entry, Journal
-from headrace.engine.scheduler.meters import Meters, Rate
+from headrace.engine.scheduler.meters import Meters
 from headrace.engine.scheduler.outgoing import Outgoing
 from headrace.engine.scheduler.pace import MOST as MOST_DRAFTS
 from headrace.engine.scheduler.plan import Limits, plan, plan_ahead
@@ -43,9 +44,6 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.002
 """By how much the event loop's timers may be early."""
-MOST_HOLD_S, HOLD_OF_DRAIN = 0.2, 0.05
-"""For how long one refusal by a full queue may speak for all: seconds, and as a share of the time in which what waits would be started, so
-that the queue is never found empty."""
 NO_LOGITS = "the model gave no valid logits for this request (not a number, or nothing but minus infinity): other requests are not affected"
 QUARANTINED = "a worker process died whenever it ran this request, so it is not run again: other requests are not affected"
 
@@ -64,7 +62,7 @@ class Scheduler:
         self._drafts = config.draft != "none"
         # Without a setting the workers say what suits them, once they are up.
         self._limits = Limits(config.max_running, config.max_step_tokens or 1, self._drafts)
-        self._max_waiting, self._max_waiting_tokens = config.max_waiting, config.max_waiting_tokens
+        self._admission = Admission(config.max_waiting, config.max_waiting_tokens)
         self._ranks = Ranks(worker_names(config))
         self._tokenizers = frozenset(tokenizer_names(config))
         self._journal = Journal()
@@ -82,7 +80,6 @@ class Scheduler:
         self._outgoing = Outgoing(process)
         self._draining = self._drained = False
         self._last_step: float | None = None
-        self._finishes, self._work = Rate(), Rate()
         self._meters = Meters(process.metrics)
         self._timelines = Timelines(config.request_log)
         self._traces = Traces(process.model.name)
@@ -156,6 +153,11 @@ class Scheduler:
         """Requests without pages; between epochs that is all of them."""
         return len(self._journal) - len(self._running)
 
+    @property
+    def _load(self) -> Load:
+        prompts = self._journal.prompt_tokens
+        return Load(len(self._journal), self._queued, self._waiting.prompt_tokens if self._epoch else prompts, prompts)
+
     def _submit(self, submit: Submit) -> None:
         """Queue a request, or refuse it with a reason."""
         if submit.reply_to not in self._tokenizers:
@@ -168,10 +170,8 @@ class Scheduler:
         if self._draining:
             self._refuse(submit, 503, "draining", "the engine is draining and takes no new requests: try again in a moment", 5.0)
             return
-        if not submit.emitted and (full := self._too_much(submit)):
-            what, hold = full
-            wait = self._time_to_drain()
-            self._refuse(submit, 429, "overloaded", f"{what} already: try again in {wait:.0f} s", wait, min(hold, wait * HOLD_OF_DRAIN))
+        if not submit.emitted and (full := self._admission.full(len(submit.prompt), self._load, self._limits)):
+            self._refuse(submit, 429, "overloaded", full.message, full.retry_after, full.hold_s)
             return
         entry = self._journal.open(submit, time.monotonic())
         self._tenants.arrive(submit.tenant)
@@ -179,26 +179,6 @@ class Scheduler:
             self._watch_deadline(submit.deadline, submit.request)
         if self._epoch is not None:
             self._enqueue(entry, self._epoch.ledger)
-
-    def _too_much(self, submit: Submit) -> tuple[str, float] | None:
-        """What there is too much of to take one more request, and for how long, in seconds, any other will be told the same. None when
-        there is room."""
-        # Places that are free belong to those who wait for the next step.
-        if len(self._journal) >= self._limits.max_running + self._max_waiting:
-            return f"{self._queued} requests are waiting", MOST_HOLD_S
-        waiting = self._waiting.prompt_tokens if self._epoch else self._journal.prompt_tokens
-        if self._journal and waiting + len(submit.prompt) > self._max_waiting_tokens + self._limits.max_step_tokens:
-            return f"requests with {waiting} prompt tokens are waiting", 0.0  # a shorter one may fit
-        return None
-
-    def _time_to_drain(self) -> float:
-        """Seconds until what waits now will have been started, at the rate at which requests finish, or tokens are computed, of late."""
-        now = time.monotonic()
-        if rate := self._finishes.per_second(now):
-            return min(3600.0, max(1.0, self._queued / rate))
-        if rate := self._work.per_second(now):
-            return min(3600.0, max(1.0, self._journal.prompt_tokens / rate))
-        return 5.0
 
     def _watch_deadline(self, deadline: float, request: int) -> None:
         heapq.heappush(self._deadlines, (deadline, request))
@@ -395,7 +375,7 @@ class Scheduler:
                     entry.first_token = now
         decodes = len(rows) - len(chunks)
         self._speed.observe(decodes, [(row.length, row.start) for row in chunks], result.times.total * 1e-9)
-        self._work.add(decodes + chunk, now)
+        self._admission.work.add(decodes + chunk, now)
         if len(rows) == 1 and rows[0].sequence.suspect and (entry := self._running_entry(rows[0].sequence.request)):
             # Suspects run alone, and one that is past where it was is cleared.
             rows[0].sequence.suspect = entry.suspect
@@ -450,7 +430,7 @@ class Scheduler:
                     else:
                         self._tell_end(entry, entry.end(end.reason, now))
             self._running = [sequence for sequence in self._running if sequence.request not in ended]
-            self._finishes.add(len(ended), now)
+            self._admission.finishes.add(len(ended), now)
 
     def _tell_end(self, entry: Entry, end: TokenEnd) -> None:
         self._outgoing.to(entry.reply_to).ends.append(end)
