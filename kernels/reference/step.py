@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from headrace.kernels import weights
 from headrace.kernels.ops import Batch, HeadShape
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """What pages can be stored in, by the name the settings give it."""
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LARGEST = {torch.int8: weights.LARGEST["int8"], torch.float8_e4m3fn: weights.LARGEST["e4m3"]}
 """The types that need a scale for each head of each position, and the code of its largest magnitude."""
 
 
@@ -63,7 +64,7 @@ class KVPages:
                 # What is not finite makes a scale of NaN.
                 finite = largest.isfinite()
                 most = LARGEST[room.dtype]
-                inverse = torch.where(finite & (largest >= 2.0**-100), most / largest, 0.0)
+                inverse = torch.where(finite & (largest >= weights.SMALLEST), most / largest, 0.0)
                 self.scales[pages, :, which, offsets] = torch.where(finite, largest / most, torch.nan)
                 x = torch.where(finite[..., None], x, 0.0).mul(inverse[..., None])
                 x = x.round() if room.dtype == torch.int8 else x

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
+from headrace.kernels.triton.products import Product, Tiles, columns_of, splits_of, store_product, tile_of
 from headrace.kernels.triton.rounding import e4m3_value
 from headrace.kernels.triton.tiles import precision_of
 from headrace.kernels.triton.weights import STEP, DeviceWeight
@@ -107,13 +107,7 @@ def grouped_kernel(
     if MINIMUMS:
         minimums += expert * groups * (N // SPREAD)
     FOLD: tl.constexpr = min(GROUP, STEP) if GROUP else STEP
-    if WHOLE:
-        first, last = 0, SPLITS
-    else:
-        first = tl.program_id(1)
-        last = first + 1
-    if USED >= 0:
-        last = tl.where(end > 0, last, first)
+    first, last = splits_of(end, SPLITS, WHOLE, USED)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.grouped import multiply_grouped
-from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
+from headrace.kernels.triton.products import Product, Tiles, columns_of, splits_of, store_product, tile_of
 from headrace.kernels.triton.scaled import multiply_scaled
 from headrace.kernels.triton.tiles import K_BLOCK, precision_of
 from headrace.kernels.triton.weights import DeviceWeight
@@ -53,13 +53,7 @@ def linear_kernel(
     # What is read twice at the edges is not stored.
     w_rows = W + (expert * N + tl.minimum(outputs, N - 1))[:, None] * K
     x_rows = X + sources.to(tl.int64)[None, :] * K
-    if WHOLE:
-        first, last = 0, SPLITS
-    else:
-        first = tl.program_id(1)
-        last = first + 1
-    if USED >= 0:
-        last = tl.where(end > 0, last, first)
+    first, last = splits_of(end, SPLITS, WHOLE, USED)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     for split in range(first, last):
         acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)

@@ -141,6 +141,19 @@ def tile_of(table, order, across, T, N, TOKENS: tl.constexpr, OUTPUTS: tl.conste
 
 
 @triton.jit
+def splits_of(end, SPLITS: tl.constexpr, WHOLE: tl.constexpr, USED: tl.constexpr):
+    """The first split that this program adds up and the one behind its last: all, its own, or none where a tile has no rows (`tile_of`)."""
+    if WHOLE:
+        first, last = 0, SPLITS
+    else:
+        first = tl.program_id(1)
+        last = first + 1
+    if USED >= 0:
+        last = tl.where(end > 0, last, first)
+    return first, last
+
+
+@triton.jit
 def columns_of(rows, columns, K, EVEN: tl.constexpr):
     """What stands in these columns of rows of K; nothing is masked where K is EVEN, and so has no rest."""
     if EVEN:

@@ -10,6 +10,9 @@ from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.rounding import e4m3_code, nearest_whole
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.triton.tiles import power_of_two
+from headrace.kernels.weights import LARGEST, SMALLEST
+
+_MOST_INT8, _MOST_E4M3, _SMALLEST = tl.constexpr(LARGEST["int8"]), tl.constexpr(LARGEST["e4m3"]), tl.constexpr(SMALLEST)
 
 
 @triton.jit
@@ -78,8 +81,8 @@ def rope_write_kv_kernel(
             largest = tl.max(tl.abs(x), 0)
             # NaN and infinity make a scale of NaN and codes of 0.
             finite = largest < float("inf")
-            most: tl.constexpr = 127.0 if keys.dtype.element_ty == tl.int8 else 448.0
-            factor = tl.where(finite & (largest >= 2.0**-100), most / largest, 0.0)
+            most: tl.constexpr = _MOST_INT8 if keys.dtype.element_ty == tl.int8 else _MOST_E4M3
+            factor = tl.where(finite & (largest >= _SMALLEST), most / largest, 0.0)
             x = tl.where(finite, x * factor, 0.0)
             if keys.dtype.element_ty == tl.int8:
                 x = nearest_whole(x)

@@ -153,10 +153,9 @@ def random_numbers(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     """See `Backend.sample`: logits float32 [B, V] on any device."""
     values = _adjusted(logits, batch)
-    tokens = values.argmax(1)
-    for largest in (tokens,) if values is logits else (logits.argmax(1), tokens):
-        for row, value in enumerate((logits if largest is not tokens else values).gather(1, largest[:, None])[:, 0].tolist()):
-            check_largest(value, row)
+    tokens = _best(logits)
+    if values is not logits:
+        tokens = _best(values)
     drawn = [row for row in range(len(logits)) if not is_greedy(batch, row)]
     for begin in range(0, len(drawn), ROWS):
         rows = drawn[begin : begin + ROWS]
@@ -177,10 +176,17 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
 
 def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Scores]:
     """See `Backend.score`."""
-    for row, largest in enumerate(logits.amax(1).tolist()):
-        check_largest(largest, row)
+    _best(logits)
     parts = [slice(begin, begin + ROWS) for begin in range(0, len(logits), ROWS)]
     return [one for part in parts for one in _scores(logits[part], tokens[part], [top] * len(tokens[part]))]
+
+
+def _best(logits: torch.Tensor) -> torch.Tensor:
+    """The lowest id among the largest logits of each row: int64 [B]. FloatingPointError for a row that is invalid."""
+    best = logits.argmax(1)
+    for row, value in enumerate(logits.gather(1, best[:, None])[:, 0].tolist()):
+        check_largest(value, row)
+    return best
 
 
 def _adjusted(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
@@ -201,13 +207,17 @@ def _adjusted(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         at, penalty = _places(less, torch.float32, logits.device)
         values[at] -= penalty
     # A token that is named twice is given both, in their order.
-    biases = [(row, token, bias) for row in rows for token, bias in batch.logit_bias[row]]
-    while biases:
-        once = {(row, token): (row, token, bias) for row, token, bias in reversed(biases)}
-        at, bias = _places(list(once.values()), torch.float32, logits.device)
+    turns: list[list[tuple[int, int, float]]] = []
+    named: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        for token, bias in batch.logit_bias[row]:
+            if (turn := named[row, token]) == len(turns):
+                turns.append([])
+            turns[turn].append((row, token, bias))
+            named[row, token] += 1
+    for turn in turns:
+        at, bias = _places(turn, torch.float32, logits.device)
         values[at] += bias
-        for one in once.values():
-            biases.remove(one)
     banned = [(row, token, 0.0) for row in rows for token in batch.banned[row]]
     if banned:
         values[_places(banned, torch.float32, logits.device)[0]] = -math.inf

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.products import Product, Tiles, columns_of, store_product, tile_of
+from headrace.kernels.triton.products import Product, Tiles, columns_of, splits_of, store_product, tile_of
 from headrace.kernels.triton.rounding import e4m3_value, nearest_e4m3, nearest_whole
 from headrace.kernels.triton.weights import STEP, DeviceWeight
 from headrace.kernels.weights import LARGEST, SMALLEST, InputRounding
@@ -66,7 +66,7 @@ def round_kernel(
             x = tl.where(odd_one, 0.0, x)
         if E4M3:
             if STATIC:
-                x = tl.where(x != x, x, tl.minimum(tl.maximum(x, -448.0), 448.0))
+                x = tl.where(x != x, x, tl.minimum(tl.maximum(x, -largest), largest))
             if codes.dtype.element_ty == tl.bfloat16:
                 x = nearest_e4m3(x)
         else:
@@ -117,13 +117,7 @@ def scaled_kernel(
     GROUPED: tl.constexpr = X_GROUP != 0 or W_GROUP != 0
     WHOLE_NUMBERS: tl.constexpr = X.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if WHOLE_NUMBERS else tl.float32
-    if WHOLE:
-        first, last = 0, SPLITS
-    else:
-        first = tl.program_id(1)
-        last = first + 1
-    if USED >= 0:
-        last = tl.where(end > 0, last, first)
+    first, last = splits_of(end, SPLITS, WHOLE, USED)
     total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     if W_GROUP == 0:
         w_scale = tl.load(w_scales + rows)[:, None]

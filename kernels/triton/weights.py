@@ -57,7 +57,6 @@ class DeviceWeight:
     """What a nibble of 0 means."""
     rounding: InputRounding | None = None
     """How inputs are rounded to the weight's own kind of codes before they are multiplied."""
-
     experts: int = 1
     """How many such weights lie one behind the other, in all of these tensors."""
 

@@ -24,9 +24,8 @@ _SLOTS = {
     "i32": ctypes.c_int32,
     "i64": ctypes.c_int64,
     "f32": ctypes.c_float,
+    "f64": ctypes.c_double,
 }
-_SLOTS |= {"f64": ctypes.c_double}
-
 
 _OUTSIDE, _RACE, _ASSERTION, _PLACE = 1, 2, 3, 4
 _DID = ("reads", "writes", "updates atomically", "watches")
