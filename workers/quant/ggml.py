@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from headrace.kernels.weights import GroupedInt
+from headrace.workers.quant.fields import PIECE_BYTES
 
 Array = np.ndarray
-PIECE_BYTES = 192 * 1024
-"""Packed bytes unpacked at a time: with the codes they become, about what a core's second-level cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
