@@ -118,6 +118,20 @@ class Stage:
         sampling = Sampling(max_tokens=max_tokens, ignore_eos=True, **fields.pop("sampling", {}))
         self.send("scheduler", Submit(request, "tokenizer-0", prompt, sampling, seed=request, **fields))
 
+    async def all_landed(self, scheduler: Scheduler, timeout: float = 10.0) -> None:
+        """Wait until no rank owes a result: only then are all ledgers of the same step. The last end may come before that."""
+        landed, settle = asyncio.Event(), scheduler.settle
+
+        def noted() -> None:
+            settle()
+            if scheduler.progress().owed_s is None:
+                landed.set()
+
+        scheduler.settle = noted
+        noted()
+        async with asyncio.timeout(timeout):
+            await landed.wait()
+
     def close(self) -> None:
         for process, mailbox, _ in self._actors.values():
             mailbox.close()

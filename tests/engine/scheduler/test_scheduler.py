@@ -180,10 +180,11 @@ async def test_a_request_without_valid_logits_ends_alone(stage):
 async def test_two_ranks_keep_the_same_book(stage):
     stage.start_worker(0)
     stage.start_worker(1)
-    stage.start_scheduler()
+    scheduler = stage.start_scheduler()
     for request in range(1, 9):
         stage.submit(request, [request] * 5, 20)
     await stage.tokenizer.all_ended(range(1, 9))
+    await stage.all_landed(scheduler)
     assert stage.actor("worker-0")._ledger.digest == stage.actor("worker-1")._ledger.digest
     assert not any(isinstance(m, Restart) for m in stage.supervisor.messages)
 
@@ -306,6 +307,7 @@ async def test_a_request_that_ends_itself_is_passed_over_in_the_plan_that_was_se
     await stage.tokenizer.all_ended([*ends, 9])
     assert stage.tokenizer.tokens == {request: expected(request, end + 1) for request, end in ends.items()} | {9: expected(9, 40)}
     assert any(plan.ahead for plan in plans)
+    await stage.all_landed(scheduler)
     assert scheduler._epoch.ledger.available == 64
     assert scheduler._epoch.ledger.digest == stage.actor("worker-0")._ledger.digest
     scheduler._epoch.ledger.check()
