@@ -2,7 +2,8 @@
 
     model ─▶ tape ─▶ steps of each size ─▶ time of each op ─▶ GOPS and GB/s, and their share of the peaks
 
-Steps of few rows are decodes, a request each; those of many are chunks of one prompt. Ops of the same shape are taken together.
+Steps of few rows are decodes, a request each; those of many are chunks of one prompt. Ops of the same shape are taken together. What a
+shared machine can do changes from one second to the next, so its peaks are measured anew before every run, and all figures are medians.
 """
 
 import argparse
@@ -39,12 +40,16 @@ class Timing(msgspec.Struct, frozen=True):
     """A request a row, or all rows a chunk of one."""
     calls: int
     us: float
-    """Of all calls, the least of some runs."""
+    """Of all calls."""
     operations: float
     """Multiplications and additions, of all calls."""
     numbers: str
+    of_peak: float
+    """The share of `operations` a second in the most that the machine did on these numbers just before."""
     bytes: float
     """Read and written at least, of all calls."""
+    of_memory: float
+    """The same for `bytes`."""
 
 
 class Peaks(msgspec.Struct, frozen=True):
@@ -112,17 +117,19 @@ def measure(config: Config, context: int) -> Report:
     most = max(step.requests for step in steps)
     kv = backend.new_kv(len(decoder.layers), pages * most, config.page_size, decoder.heads, config.kv_dtype)
     program = backend.compile(decoder, kv)
-    timings = []
+    timings, peaks = [], []
     for step in steps:
         batch, picks = _batch(step, context, pages, config.page_size, model.vocab_size)
         program.run(batch, picks)
         program.times()
         runs = []
         for _ in range(RUNS):
+            peaks.append(backend.probe())
             program.run(batch, picks)
             runs.append(program.times())
-        timings += _timings(step, batch, [work for work, _ in runs[0]], np.array([[spent for _, spent in one] for one in runs]))
-    return Report(model.name, backend.isa, backend.threads, context, Peaks(*backend.probe()), timings)
+        spent = np.array([[spent for _, spent in one] for one in runs])
+        timings += _timings(step, batch, [work for work, _ in runs[0]], spent, [Peaks(*peak) for peak in peaks[-RUNS:]])
+    return Report(model.name, backend.isa, backend.threads, context, Peaks(*np.median(peaks, 0).tolist()), timings)
 
 
 def _batch(step: Step, context: int, pages: int, page_size: int, vocabulary: int) -> tuple[Batch, np.ndarray]:
@@ -137,8 +144,8 @@ def _batch(step: Step, context: int, pages: int, page_size: int, vocabulary: int
     return Batch(ids, positions, slots, starts, table), starts[1:] - np.int32(1)
 
 
-def _timings(step: Step, batch: Batch, works: Sequence, spent: np.ndarray) -> Iterable[Timing]:
-    """`spent` is nanoseconds [runs, ops]."""
+def _timings(step: Step, batch: Batch, works: Sequence, spent: np.ndarray, peaks: Sequence[Peaks]) -> Iterable[Timing]:
+    """`spent` is nanoseconds [runs, ops], `peaks` are those of each run."""
     seen = int((batch.positions + 1).sum())
     kept = int((batch.positions[batch.query_start[1:] - 1] + 1).sum())
     alike: dict[tuple[str, str], list[int]] = {}
@@ -148,16 +155,21 @@ def _timings(step: Step, batch: Batch, works: Sequence, spent: np.ndarray) -> It
     for (op, shape), indices in alike.items():
         work, calls = works[indices[0]], len(indices)
         rows = step.requests if indices == [last] else step.rows  # The head takes the rows that were picked.
+        seconds = spent[:, indices].sum(1) / 1e9
+        operations = calls * (work.row_operations * rows + work.position_operations * seen)
+        moved = calls * (work.fixed_bytes + work.row_bytes * rows + work.position_bytes * kept)
         yield Timing(
             op=op,
             shape=shape,
             rows=rows,
             decode=step.decode,
             calls=calls,
-            us=float(spent[:, indices].sum(1).min()) / 1e3,
-            operations=calls * (work.row_operations * rows + work.position_operations * seen),
+            us=float(np.median(seconds)) * 1e6,
+            operations=operations,
             numbers=work.numbers,
-            bytes=calls * (work.fixed_bytes + work.row_bytes * rows + work.position_bytes * kept),
+            of_peak=float(np.median(operations / seconds / [one.of(work.numbers) for one in peaks])),
+            bytes=moved,
+            of_memory=float(np.median(moved / seconds / [one.bytes_read for one in peaks])),
         )
 
 
@@ -176,8 +188,7 @@ def table(report: Report) -> str:
             what = f"decode, {one.rows} requests" if one.decode else f"chunk of {one.rows} tokens"
             lines += ["", f"{what:<46}{'calls':>6}{'µs each':>10}{'GOPS':>8}{'of peak':>9}{'GB/s':>8}{'of peak':>9}"]
         seconds = one.us / 1e6
-        peak = peaks.of(one.numbers)
-        rate = f"{one.operations / seconds / 1e9:8.1f}{one.operations / seconds / peak:9.0%}" if one.operations else " " * 17
-        flow = f"{one.bytes / seconds / 1e9:8.1f}{one.bytes / seconds / peaks.bytes_read:9.0%}"
+        rate = f"{one.operations / seconds / 1e9:8.1f}{one.of_peak:9.0%}" if one.operations else " " * 17
+        flow = f"{one.bytes / seconds / 1e9:8.1f}{one.of_memory:9.0%}"
         lines.append(f"  {one.op + ' ' + one.shape:<44}{one.calls:6}{one.us / one.calls:10.1f}{rate}{flow}")
     return "\n".join(lines)

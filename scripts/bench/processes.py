@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.request import urlopen
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -59,6 +60,12 @@ class Engine:
     def usage(self) -> dict[str, Usage]:
         """By process name."""
         return {name_of(pid): usage_of(pid) for pid in tree(self.supervisor.pid)}
+
+    def metric(self, name: str) -> float:
+        """The sum of all series of that name."""
+        with urlopen(f"{self.address}/metrics", timeout=30) as response:
+            lines = [line for line in response.read().decode().splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 @contextmanager

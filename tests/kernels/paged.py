@@ -106,6 +106,14 @@ class Paged:
         kv.write(*(x.transpose(1, 2).flatten(0, 1) for x in (self.kv.keys, self.kv.values)), torch.arange(pages * page_size))
         return replace(self, kv=kv)
 
+    def sharing(self, of: int, prefixes: dict[int, int]) -> "Paged":
+        """The same where requests see the first so many positions, whole pages, of another in that one's pages."""
+        pages = self.extents.pages.clone()
+        for request, positions in prefixes.items():
+            count = positions // self.kv.keys.shape[2]
+            pages[request, :count] = pages[of, :count]
+        return replace(self, extents=replace(self.extents, pages=pages))
+
     def as_tree(self, request: int, parents: list[int]) -> "Paged":
         """The same with the rows of one request being a tree."""
         e = self.extents

@@ -130,6 +130,25 @@ def test_a_query_alone_in_a_chunk_or_in_the_whole_prompt_attends_to_the_same_bit
             assert torch.equal(ops.attention(q[rows], heads, part.kv, part.extents, 0.2, window), whole[rows])
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
+@pytest.mark.parametrize("heads", [HEADS, HeadShape(9, 3, 64), HeadShape(4, 4, 24)])
+def test_requests_with_a_common_prefix_see_what_each_would_see_alone(engines, heads, dtype, page_size):
+    # Of the first one's pages some share three splits of 256 positions, some two or one, and some too little for a split.
+    contexts = {0: 850, 1: 833, 2: 769, 3: 768, 4: 700, 5: 515, 6: 513, 7: 256, 8: 290, 9: 850, 10: 90}
+    prefixes = {1: 768, 2: 768, 3: 704, 4: 640, 5: 512, 6: 512, 7: 192, 8: 256, 10: 64}
+    batch = paged(heads, page_size, list(contexts.values()), [1, 1, 3, 1, 1, 4, 2, 1, 1, 1, 1]).sharing(0, prefixes).stored(dtype)
+    for crowd in (batch, paged(heads, page_size, [900] * 40, [1] * 40).sharing(0, dict.fromkeys(range(1, 40), 768)).stored(dtype)):
+        q = crowd.query()
+        whole = engines[0].attention(q, heads, crowd.kv, crowd.extents, 0.2, None)
+        for ops in engines:
+            assert torch.equal(ops.attention(q, heads, crowd.kv, crowd.extents, 0.2, None), whole)
+            for request in range(len(crowd.extents.query_start) - 1):
+                count = int(crowd.extents.query_start[request + 1] - crowd.extents.query_start[request])
+                rows, part = crowd.part(request, 0, count)
+                assert torch.equal(ops.attention(q[rows], heads, part.kv, part.extents, 0.2, None), whole[rows])
+
+
 def test_which_pages_hold_a_context_and_how_large_they_are_changes_nothing(engines):
     outs = []
     for page_size, seed in [(8, 0), (16, 0), (64, 0)]:

@@ -142,27 +142,39 @@ struct Eight {
 };
 
 // e^x within 2 units in the last place: range reduction by ln 2 in two parts, then a polynomial of degree 6 (Cephes' expf). Below -87 it
-// is e^-87, above 88 e^88; NaN stays NaN. The same instructions for every lane, so a value does not depend on its place.
-template <class L>
-inline typename L::Floats exp_of(typename L::Floats x) {
+// is e^-87, above 88 e^88; NaN stays NaN. The same instructions for every lane, so a value does not depend on its place. Several vectors
+// go through each step together, so that a constant comes to a register once for all of them.
+template <class L, int N>
+inline void exps(typename L::Floats (&x)[N]) {
     using Floats = typename L::Floats;
-    x = x < L::all(-87.0f) ? L::all(-87.0f) : x;
-    x = x > L::all(88.0f) ? L::all(88.0f) : x;
+    Floats shifted[N], p[N];
+    auto each = [](const auto& step) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) step(i);
+    };
+    auto times_r = [&](float constant) { each([&](int i) { p[i] = L::fma(p[i], x[i], L::all(constant)); }); };
+    // so written, a comparison and a choice are one instruction
+    each([&](int i) { x[i] = L::all(-87.0f) > x[i] ? L::all(-87.0f) : x[i]; });
+    each([&](int i) { x[i] = L::all(88.0f) < x[i] ? L::all(88.0f) : x[i]; });
     // adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits of the sum
-    Floats shifted = L::fma(x, L::all(1.44269504088896341f), L::all(12582912.0f));
-    Floats n = shifted - L::all(12582912.0f);
-    Floats r = L::fma(n, L::all(-0.693359375f), x);
-    r = L::fma(n, L::all(2.12194440e-4f), r);
-    Floats p = L::all(1.9875691500e-4f);
-    p = L::fma(p, r, L::all(1.3981999507e-3f));
-    p = L::fma(p, r, L::all(8.3334519073e-3f));
-    p = L::fma(p, r, L::all(4.1665795894e-2f));
-    p = L::fma(p, r, L::all(1.6666665459e-1f));
-    p = L::fma(p, r, L::all(5.0000001201e-1f));
-    p = L::fma(p, r * r, r + L::all(1.0f));
-    return p * std::bit_cast<Floats>((std::bit_cast<typename L::Ints>(shifted) << 23) + (127 << 23));
+    each([&](int i) { shifted[i] = L::fma(x[i], L::all(1.44269504088896341f), L::all(12582912.0f)); });
+    each([&](int i) { p[i] = shifted[i] - L::all(12582912.0f); });
+    each([&](int i) { x[i] = L::fma(p[i], L::all(-0.693359375f), x[i]); });
+    each([&](int i) { x[i] = L::fma(p[i], L::all(2.12194440e-4f), x[i]); });
+    each([&](int i) { p[i] = L::all(1.9875691500e-4f); });
+    times_r(1.3981999507e-3f);
+    times_r(8.3334519073e-3f);
+    times_r(4.1665795894e-2f);
+    times_r(1.6666665459e-1f);
+    times_r(5.0000001201e-1f);
+    each([&](int i) { p[i] = L::fma(p[i], x[i] * x[i], x[i] + L::all(1.0f)); });
+    each([&](int i) { x[i] = p[i] * std::bit_cast<Floats>((std::bit_cast<typename L::Ints>(shifted[i]) << 23) + (127 << 23)); });
 }
 
-inline Vec exp(Vec x) { return exp_of<Eight>(x); }
+inline Vec exp(Vec x) {
+    Vec one[1] = {x};
+    exps<Eight>(one);
+    return one[0];
+}
 
 }  // namespace headrace::HEADRACE_ISA
