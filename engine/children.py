@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from headrace.engine.actor import Post
 from headrace.engine.config import Config
@@ -58,6 +59,20 @@ class Child:
         """When the first sign of life was asked for that has not come, monotonic seconds."""
         self.died: float | None = None
         """When it died that was not meant to, until it is back; monotonic seconds."""
+        self.still_since: float | None = None
+        """Since when it does nothing although it is still starting, monotonic seconds."""
+        self._cpu_ticks = -1
+
+    def moves(self) -> bool:
+        """Whether it has used CPU time since this was last asked, or would if it had a core or its disk's answer."""
+        try:
+            # See proc(5). The command's name, in parentheses, may hold spaces.
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split() if self.process else []
+        except OSError:
+            return True
+        state, ticks = fields[0] if fields else "Z", sum(map(int, fields[11:13]))
+        before, self._cpu_ticks = self._cpu_ticks, ticks
+        return state in "RD" or ticks != before
 
 
 class _Probing:

@@ -5,7 +5,8 @@ ready. A death is seen at once through the child's pidfd; the siblings are told,
 short a time mean that starting again does not help, and the engine stops with a message.
 
 A child can also hang: stopped from outside, or stuck in a call. So each is asked for a sign of life now and then, and the scheduler tells
-for how long it has waited for a step. Who owes an answer for too long is killed, and what follows is the same as after any death.
+for how long it has waited for a step. Who owes an answer for too long is killed, or does nothing while it starts, and what follows is the
+same as after any death.
 
     starting ─▶ ready ◀─▶ recovering
                  │ └──▶ draining ─▶ stopped, or drained until told to resume
@@ -183,7 +184,7 @@ class Supervisor:
         child.incarnation = next(self._incarnations)
         child.state = "starting" if child.restarts == 0 else "restarting"
         child.born = time.monotonic()
-        child.owes_since = None
+        child.owes_since = child.still_since = None
         command = [sys.executable, "-m", child.spec.module, str(self._run_dir), child.spec.name]
         command += [str(child.incarnation), str(self._death_read)]
         # A session of its own: Ctrl-C in the terminal is for the supervisor, which tells the children.
@@ -290,13 +291,24 @@ class Supervisor:
             child.process.kill()
 
     async def _feel_pulses(self, limit: float) -> None:
-        """Ask every child for a sign of life, again and again; restart who gave none for `limit` seconds."""
+        """Ask every child for a sign of life, again and again; restart who gave none for `limit` seconds. Those that are still starting,
+        which may take as long as it takes to read a model, cannot answer: they are restarted if they neither compute nor read."""
         interval = limit / PULSES
         asked = time.monotonic()
         while True:
             await asyncio.sleep(interval)
             now = time.monotonic()
             late, asked = now - asked > 2 * interval, now
+            starting = [child for child in self._children.values() if child.state != "ready" and child.process]
+            # One of a group may wait for the others.
+            at_work = {child.spec.group for child in starting if child.moves()}
+            for child in starting:
+                if late or child.spec.group in at_work:
+                    child.still_since = None
+                elif child.still_since is not None and now - child.still_since > limit:
+                    self._hangs(child, f"it has done nothing for {now - child.still_since:.1f} s, and is not ready yet")
+                else:
+                    child.still_since = child.still_since or now
             for child in self._children.values():
                 if child.state != "ready":
                     continue

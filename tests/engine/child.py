@@ -61,6 +61,12 @@ async def build(process: Process) -> Plain:
         asyncio.get_running_loop().call_later(0.3, os._exit, 9)
     if process.name == "stuck" and first_life(process):
         asyncio.get_running_loop().call_later(0.05, select.select, [], [], [])
+    if process.name == "halting":
+        if first_life(process):
+            asyncio.get_running_loop().call_later(0.3, os._exit, 9)
+        elif not (halted := process.run_dir / "halted").exists():
+            halted.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
     if process.name.startswith("rank") and not first_life(process):
         (process.run_dir / "again").touch()
     if process.name == "scheduler-of-a-lost-step":

@@ -116,6 +116,12 @@ def test_a_child_stuck_in_a_call_is_started_again(engine):
     one.until("server-0 status ready server-0=ready/0 stuck=ready/1")
 
 
+def test_a_child_that_was_stopped_while_it_started_is_started_again(engine):
+    one = engine("server-0", "halting")
+    assert float(one.until(r"restarting halting: it has done nothing for (\S+) s, and is not ready yet")[1]) >= 0.4
+    one.until("server-0 status ready server-0=ready/0 halting=ready/2")
+
+
 def test_workers_that_owe_a_step_for_too_long_are_started_again(engine):
     one = engine("server-0", "scheduler-of-a-lost-step", "rank0:workers", "rank1:workers")
     one.until("restarting rank[01]: a step has not ended for 9.0 s")
