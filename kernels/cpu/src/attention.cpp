@@ -65,6 +65,8 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
     std::fill(partial.out, partial.out + rows * width, 0.0f);
     const int32_t* table = p.batch.pages + tile.request * p.batch.table_width;
     const Pages<T> pages(p.kv, p.heads, kv_head);
+    // Whether no other tile brings these keys and values to the cache.
+    const bool once = tile.listed || tile.tokens == p.batch.query_start[tile.request + 1] - p.first_row(tile.request);
     Block<T> block;
     for (block.begin = begin; block.begin < end; block.begin += BLOCK) {
         block.known = std::min(BLOCK, end - block.begin);
@@ -73,8 +75,10 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
         while (from_row < to_row && row[from_row].last < block.begin) from_row++;
         while (to_row > from_row && row[to_row - 1].first >= block.begin + block.known) to_row--;
         tile.tree ? block.place_path(p, pages, table, tile, reinterpret_cast<T*>(room.keys)) : block.place(pages, table);
-        if (rows <= ALONE || tile.listed) fetch(pages, table, block.begin, end);
+        if (rows <= ALONE) fetch(pages, table, block.begin, end);
+        Coming<T> coming(pages, table, block.begin + BLOCK, once && rows > ALONE ? end : 0, (to_row - from_row + TALL - 1) / TALL);
         by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
+            coming.ask();
             Row* const some = row + from_row + r;
             float* state = partial.state + 2 * (from_row + r);
             const float* q[R];

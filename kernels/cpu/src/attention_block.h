@@ -252,4 +252,29 @@ void fetch(const Pages<T>& pages, const int32_t* table, int64_t begin, int64_t e
     for (int64_t page = middle / size; page * size < behind; page++) lines(pages.keys(table[page]), pages.keys(table[page]) + pages.keys_size);
 }
 
+// Keys and values of the positions from `begin` on, at most a block, asked for in so many equal portions.
+template <class T>
+class Coming {
+  public:
+    Coming(const Pages<T>& pages, const int32_t* table, int64_t begin, int64_t end, int64_t times)
+        : pages_(pages), table_(table), first_(begin / pages.page_size), lines_((pages.keys_size * sizeof(T) + 63) / 64) {
+        const int64_t last = begin < end ? (std::min(begin + BLOCK, end) - 1) / pages.page_size + 1 : first_;
+        left_ = 2 * lines_ * (last - first_);
+        each_ = (left_ + times - 1) / std::max<int64_t>(times, 1);
+    }
+
+    void ask() {
+        for (int64_t i = std::min(each_, left_); i > 0; i--, left_--, at_++) {
+            const int64_t page = table_[first_ + at_ / (2 * lines_)], line = at_ % (2 * lines_);
+            const T* from = line < lines_ ? pages_.keys(page) : pages_.value(page, 0);
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + line % lines_ * 64, 0, 3);
+        }
+    }
+
+  private:
+    const Pages<T>& pages_;
+    const int32_t* table_;
+    int64_t first_, lines_, left_, each_, at_ = 0;
+};
+
 }  // namespace headrace::HEADRACE_ISA
