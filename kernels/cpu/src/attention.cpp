@@ -61,6 +61,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
         partial.state[2 * r + 1] = 0.0f;
     }
     begin = std::max(split * SPLIT, begin / BLOCK * BLOCK);
+    const int64_t sight = end;
     end = std::min((split + 1) * SPLIT, end);
     std::fill(partial.out, partial.out + rows * width, 0.0f);
     const int32_t* table = p.batch.pages + tile.request * p.batch.table_width;
@@ -75,8 +76,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
         while (from_row < to_row && row[from_row].last < block.begin) from_row++;
         while (to_row > from_row && row[to_row - 1].first >= block.begin + block.known) to_row--;
         tile.tree ? block.place_path(p, pages, table, tile, reinterpret_cast<T*>(room.keys)) : block.place(pages, table);
-        if (rows <= ALONE) fetch(pages, table, block.begin, end);
-        Coming<T> coming(pages, table, block.begin + BLOCK, once && rows > ALONE ? end : 0, (to_row - from_row + TALL - 1) / TALL);
+        Coming<T> coming(pages, table, block.begin + BLOCK, once ? sight : 0, 2 * ((to_row - from_row + TALL - 1) / TALL));
         by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
             coming.ask();
             Row* const some = row + from_row + r;
@@ -97,6 +97,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
             else
                 for (int i = 0; i < R; i++)
                     soften_part(scores[i], some[i].first - block.begin, std::min(block.known, some[i].last + 1 - block.begin), width, state + 2 * i, out[i]);
+            coming.ask();
             if constexpr (SCALED<T>) multiply<R>(scores, block.value_scales, block.known);
             add_values<R>(scores, block.values, 0, seen, width, out);
         });

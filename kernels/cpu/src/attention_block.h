@@ -239,20 +239,8 @@ inline void soften_part(float* scores, int64_t from, int64_t to, int64_t width, 
     state[1] += sum(total);
 }
 
-// Asks memory for the values of the block that begins here, and for the keys of the one behind it: pages lie anywhere, so that the machine
-// guesses nothing from the page before.
-template <class T>
-void fetch(const Pages<T>& pages, const int32_t* table, int64_t begin, int64_t end) {
-    auto lines = [](const T* from, const T* to) {
-        for (const char *at = reinterpret_cast<const char*>(from), *last = reinterpret_cast<const char*>(to); at < last; at += 64)
-            __builtin_prefetch(at, 0, 3);
-    };
-    const int64_t size = pages.page_size, middle = std::min(begin + BLOCK, end), behind = std::min(begin + 2 * BLOCK, end);
-    for (int64_t page = begin / size; page * size < middle; page++) lines(pages.value(table[page], 0), pages.value(table[page], size));
-    for (int64_t page = middle / size; page * size < behind; page++) lines(pages.keys(table[page]), pages.keys(table[page]) + pages.keys_size);
-}
-
-// Keys and values of the positions from `begin` on, at most a block, asked for in so many equal portions.
+// Keys and values of a block to come, asked for in so many equal portions: pages lie anywhere, so that the machine guesses nothing from
+// the page before, and a memory that is asked for much at once lets the arithmetic wait.
 template <class T>
 class Coming {
   public:

@@ -18,7 +18,7 @@ namespace headrace::HEADRACE_ISA {
 constexpr int64_t BLOCK = 64;
 constexpr int64_t SPLIT = 256;
 constexpr int64_t TILE_ROWS = 48;
-constexpr int64_t ALONE = 16;  // rows of a tile up to which memory is slower than what they do with it
+constexpr int64_t ALONE = 16;  // rows of a tile up to which it gains from rows of others beside them
 
 struct Problem {
     const float* q;
