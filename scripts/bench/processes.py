@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,9 @@ TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; `serve` has the options of `headrace serve`, which follow after --."""
+    """The command line; `serve` has the options of `headrace serve`, which follow after --. From here on SIGTERM ends a script as Ctrl-C
+    does, so that what it has started ends with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser.usage = parser.format_usage().removeprefix("usage: ").rstrip() + " [-- OPTIONS OF headrace serve]"
     own, serve = sys.argv[1:], []
     if "--" in own:
