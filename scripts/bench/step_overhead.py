@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Measure what a step of one stream takes outside the model: scripts/bench/step_overhead.py [--json FILE] [-- OPTIONS OF serve]
 
-    period of a step   ─ the model's part of it (headrace_forward_seconds)   =   what plans, results, ledgers and messages add
-    between tokens       measured by the worker
+    ├─ prepare ─┼─ model ─┼─ sample ─┤ wait for a plan ├─ prepare ─ …
+    └──────────── a step ────────────┘
+    └───────────────── from token to token ─────────────┘       outside = all of it but the model
 
-One request streams alone, greedily, some times; figures are medians. The client is on the same cores. The aim is 3% of a step.
+One request streams alone, greedily, some times; figures are medians. Times of the model and of steps are the worker's own
+(headrace_forward_seconds, headrace_step_seconds). The client is on the same cores. The aim is 3% of a step.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import msgspec
 from processes import Engine, engine, parse
@@ -24,25 +27,38 @@ SERVE = "import sys; from headrace.engine.cli import main; sys.exit(main(['serve
 GOAL = 0.03
 
 
-def stream(running: Engine, client: Client, prompt: str, tokens: int) -> tuple[list[float], float, float]:
-    """When tokens came, in seconds; the model's time, in seconds, and steps."""
-    before = forward(running)
+class Times(NamedTuple):
+    """Microseconds of one step, or of several."""
+
+    period: float
+    step: float
+    model: float
+
+    @property
+    def outside_share(self) -> float:
+        return 1 - self.model / self.period
+
+
+def stream(running: Engine, client: Client, prompt: str, tokens: int) -> tuple[Times, float]:
+    """Of all steps of a request, and how many they were; the period is the time from the first token to the last."""
+    before = totals(running)
     options = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     at = [perf_counter() for chunk in client.complete_stream(prompt, **options) if any(choice.text for choice in chunk.choices)]
-    after = forward(running)
-    return at, after[0] - before[0], after[1] - before[1]
+    step, model, steps = (b - a for a, b in zip(before, totals(running), strict=True))
+    return Times(1e6 * (at[-1] - at[0]), 1e6 * step, 1e6 * model), steps
 
 
-def measure(running: Engine, client: Client, round_: int, tokens: int) -> tuple[float, float]:
-    """Microseconds of a step, and of the model in it."""
-    _, prefill, _ = stream(running, client, f"{2 * round_} Name all rivers of the world:", 1)
-    at, model, steps = stream(running, client, f"{2 * round_ + 1} Name all rivers of the world:", tokens)
-    return 1e6 * (at[-1] - at[0]) / (steps - 1), 1e6 * (model - prefill) / (steps - 1)
+def totals(running: Engine) -> list[float]:
+    """Seconds in steps and in the model so far, and steps."""
+    names = "headrace_step_seconds_sum", "headrace_forward_seconds_sum", "headrace_forward_seconds_count"
+    return [running.metric(name) for name in names]
 
 
-def forward(running: Engine) -> tuple[float, float]:
-    """Seconds in the model so far, and steps."""
-    return running.metric("headrace_forward_seconds_sum"), running.metric("headrace_forward_seconds_count")
+def measure(running: Engine, client: Client, round_: int, tokens: int) -> Times:
+    """A step that decodes: those of a request less that of another's prompt."""
+    prompt, _ = stream(running, client, f"{2 * round_} Name all rivers of the world:", 1)
+    times, steps = stream(running, client, f"{2 * round_ + 1} Name all rivers of the world:", tokens)
+    return Times(*(one / (steps - 1) for one in (times.period, times.step - prompt.step, times.model - prompt.model)))
 
 
 def main() -> int:
@@ -56,22 +72,20 @@ def main() -> int:
         with Client(running.address) as client:
             measure(running, client, 0, 50)
             rounds = [measure(running, client, 1 + round_, arguments.tokens) for round_ in range(arguments.rounds)]
-    shares = [1 - model / period for period, model in rounds]
+    middle = Times(*(median(column) for column in zip(*rounds, strict=True)))
+    share = median(one.outside_share for one in rounds)
     result = {
         "schema": "headrace-step-overhead/1",
         "options": arguments.serve,
-        "step_us": median(period for period, _ in rounds),
-        "model_us": median(model for _, model in rounds),
-        "outside_us": median(period - model for period, model in rounds),
-        "outside_share": median(shares),
-        "outside_share_by_round": shares,
+        "us": middle._asdict(),
+        "outside_share": share,
+        "outside_share_by_round": [one.outside_share for one in rounds],
         "machine": msgspec.to_builtins(facts()),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"a step {result['step_us']:.0f} µs, the model {result['model_us']:.0f}, outside it {result['outside_us']:.0f}")
-    met = result["outside_share"] <= GOAL
-    print(f"{'met   ' if met else 'MISSED'}  {result['outside_share']:.1%} of a step (goal {GOAL:.0%}); saved {arguments.json}")
+    print(f"µs from token to token {middle.period:.0f}, in a step {middle.step:.0f}, in the model {middle.model:.0f}")
+    print(f"{'met   ' if share <= GOAL else 'MISSED'}  {share:.1%} of it outside the model (goal {GOAL:.0%}); saved {arguments.json}")
     return 0
 
 
