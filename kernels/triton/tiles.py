@@ -105,7 +105,12 @@ BLACKWELL = Generation(
     _UNSPLIT | {"e4m3": Rows(64, 128, 8, 4)},
 )
 AMPERE = Generation(163, Positions(32, 8, 2), _FEW, BLACKWELL.many, _UNSPLIT | {"grouped": Rows(64, 128, 8, 4)})
-ADA = replace(AMPERE, shared=99, unsplit=AMPERE.unsplit | {"floats": Rows(128, 128, 8, 4), "int8": Rows(128, 128, 8, 4)})
+ADA = replace(
+    AMPERE,
+    shared=99,
+    few=Rows(FEW_TOKENS, 64, 4, 4),
+    unsplit=AMPERE.unsplit | {"floats": Rows(128, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
+)
 """And small Blackwells, which multiply as it does."""
 CDNA = Generation(64, Positions(32, 4, 2), _FEW, _MANY, ADA.unsplit | {"grouped": Rows(128, 128, 8, 4)}, in_registers=1)
 

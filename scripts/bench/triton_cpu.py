@@ -22,12 +22,12 @@ def launches() -> dict[str, Callable[[], object]]:
 
     from headrace.kernels.ops import HeadShape
     from headrace.kernels.triton import TritonOps
-    from headrace.kernels.triton.linear import DeviceWeight
     from headrace.kernels.triton.pages import KVPages
     from headrace.kernels.triton.step import StepTokens, Tiles
+    from headrace.kernels.triton.weights import DeviceWeight
 
     ops, heads, device = TritonOps(torch.float32, torch.float32), HeadShape(8, 2, 64), torch.device("cpu")
-    weight = [DeviceWeight(torch.randn(512, 512), None, None, None, 512, 512, 0)]
+    weight = [DeviceWeight("floats", torch.randn(512, 512), 512)]
     kv = KVPages.new(64, 16, heads, device, "f32")
     kv.keys.normal_()
     kv.values.normal_()

@@ -35,7 +35,7 @@ def checks(
     few = [(1, 96, 64), (40, 96, 64), (70, 160, 96)]
     for kind in kinds:
         # Where inputs are rounded to 8 bits, a last bit before that may decide a step.
-        most = max(bound, 3e-2) if " x " in kind else bound
+        most = max(4 * bound, 3e-2) if " x " in kind else bound
         for rows, *sizes in [*few, (700, 640, 1088)] if company.full else few:
             name = f"experts {kind} {'x'.join(map(str, (rows, *sizes)))}"
             yield name, lambda a=(kind, *sizes), n=rows: Mixture(company, weight_of, *a).error(n, error_of), most

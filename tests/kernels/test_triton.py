@@ -37,6 +37,14 @@ def test_every_op_is_what_the_reference_gives_in_every_type_and_to_the_bit_in_an
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["linear int8 x int8 rows alone", "linear e4m3 x e4m3 rows alone", "experts int8 x int8 rows alone"])
+def test_products_with_inputs_in_8_bits_are_the_same_bits_however_their_sums_are_split(which):
+    found = outcomes("--only", which, timeout=1200)
+    assert len(found) == 3
+    assert [one for one in found if not one["ok"]] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_op_is_what_the_reference_gives_in_the_interpreter(shard):
     # The interpreter multiplies matrices by a BLAS, whose rows know their neighbours, and rounds to float8 wrongly: neither is compared.
