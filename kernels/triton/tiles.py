@@ -102,17 +102,25 @@ BLACKWELL = Generation(
     Positions(64, 4, 2),
     _FEW,
     _MANY | {"int8": Rows(64, 128, 8, 4)},
-    _UNSPLIT | {"e4m3": Rows(64, 128, 8, 4)},
+    _UNSPLIT | {"e4m3": Rows(64, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
 )
-AMPERE = Generation(163, Positions(32, 8, 2), _FEW, BLACKWELL.many, _UNSPLIT | {"grouped": Rows(64, 128, 8, 4)})
-ADA = replace(
-    AMPERE,
-    shared=99,
-    few=Rows(FEW_TOKENS, 64, 4, 4),
-    unsplit=AMPERE.unsplit | {"floats": Rows(128, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
+AMPERE = Generation(
+    163,
+    Positions(32, 8, 2),
+    _FEW,
+    _MANY | {"int8": Rows(64, 128, 8, 4)},
+    _UNSPLIT | {"grouped": Rows(64, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
 )
+ADA = replace(AMPERE, shared=99, few=Rows(FEW_TOKENS, 64, 4, 4), unsplit=AMPERE.unsplit | {"floats": Rows(128, 128, 8, 4)})
 """And small Blackwells, which multiply as it does."""
-CDNA = Generation(64, Positions(32, 4, 2), _FEW, _MANY, ADA.unsplit | {"grouped": Rows(128, 128, 8, 4)}, in_registers=1)
+CDNA = Generation(
+    64,
+    Positions(32, 4, 2),
+    _FEW,
+    _MANY,
+    _UNSPLIT | {"floats": Rows(128, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
+    in_registers=1,
+)
 
 GENERATIONS = {80: AMPERE, 86: ADA, 87: AMPERE, 89: ADA, 90: HOPPER, 100: BLACKWELL, 103: BLACKWELL, 120: ADA, 121: ADA}
 """By NVIDIA's compute capability."""
