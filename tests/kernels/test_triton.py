@@ -3,6 +3,7 @@ rounds rightly, and compiled for GPUs."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,29 @@ def test_no_kernel_exceeds_its_budget_on_a_gpu_that_is_not_here(model, target, e
     wrong, figures = check([model], [target], every=every)
     assert len(figures[target]) > 60 // every
     assert wrong == []
+
+
+CORES = {"sm_80": "[HI]MMA", "sm_89": "[HIQ]MMA", "sm_90": "[HIQ]GMMA", "sm_100": r"UTC\w*MMA", "sm_120": "[HIQ]MMA", "gfx942": "v_mfma_"}
+"""What products are computed with. Triton has no int8 for those of sm_100, and multiplies it as Ampere does."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_budget_allows_is_what_products_and_decoding_should_take(target, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from headrace.kernels.aot import MOST_SHARED
+    from scripts.lib.kernel_report import BUDGET
+
+    kernels = json.loads(BUDGET.read_text())[target]
+    spilling = [name for name, one in kernels.items() if one["spills"] and "prefill" not in name]
+    oversized = [name for name, one in kernels.items() if one["shared"] > MOST_SHARED[target]]
+    products = {name: one for name, one in kernels.items() if re.search(": (linear|grouped|scaled|attention)_kernel", name)}
+    others = [
+        name
+        for name, one in products.items()
+        if not any(re.match(CORES[target], core) for core in one["tensor_core"]) and (target, "int8 x int8" in name) != ("sm_100", True)
+    ]
+    assert (spilling, oversized, others) == ([], [], [])
+    assert len(products) > 100
 
 
 def test_a_kernel_that_spills_or_loses_its_tensor_cores_is_over_budget(monkeypatch):
