@@ -83,7 +83,8 @@ def main() -> None:
         other = ways["interpreter"][name]
         print(f"{name:28} {took * 1e3:11.2f} {other * 1e3:15.1f} {other / took:13.0f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(ways, indent=1) + "\n")
+        written = {"cores": len(os.sched_getaffinity(0))} | ways
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
