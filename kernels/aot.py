@@ -166,7 +166,8 @@ def _read(name: str, target: str, kernel: Any) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        code = _output(tools / "nvdisasm", "-c", file.name)
+        # The instructions alone: what jumps where is not asked, and would take as long again.
+        code = _output(tools / "nvdisasm", "-c", "-ndf", file.name)
     opcodes = Counter(_NVIDIA_OPCODE.findall(code))
     # Without a spill a thread has no stack: nothing here is indexed at run time.
     spills = _number(usage, r"STACK:(\d+)") + _number(usage, r"LOCAL:(\d+)")

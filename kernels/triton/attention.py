@@ -20,7 +20,7 @@ from headrace.kernels.ops import HeadShape
 from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.rounding import byte_value, e4m3_value
 from headrace.kernels.triton.step import StepTokens
-from headrace.kernels.triton.tiles import KV_BLOCK, KV_SPLIT, PROGRAMS, QUERY_ROWS, power_of_two, precision_of
+from headrace.kernels.triton.tiles import KV_SPLIT, PROGRAMS, QUERY_ROWS, generation, power_of_two, precision_of
 
 _LOG2_E = math.log2(math.e)
 _NOTHING = tl.constexpr(-1e30)
@@ -272,6 +272,7 @@ def attention(
     if not len(q):
         return y
     tiles, width = tokens.tiles(heads.query_heads // heads.kv_heads), max(16, power_of_two(heads.dim))
+    at_once = generation().positions
     whole = tokens.splits == 1 or tiles.count * heads.kv_heads >= PROGRAMS
     state = partial = None
     if not whole:
@@ -305,10 +306,10 @@ def attention(
         PAGE=kv.page_size,
         SPLIT=KV_SPLIT,
         ROWS=max(QUERY_ROWS, power_of_two(heads.query_heads // heads.kv_heads)),
-        BLOCK=KV_BLOCK,
+        BLOCK=at_once.block,
         WIDTH=width,
-        num_warps=4,
-        num_stages=2,
+        num_warps=at_once.warps,
+        num_stages=at_once.stages,
     )
     if not whole:
         merge_kernel[(len(q), heads.query_heads)](

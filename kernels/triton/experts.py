@@ -110,8 +110,9 @@ def sort_kernel(chosen, order, places, tiles, pairs, most, E: tl.constexpr, EACH
     some = (skipped < count) & (number % TOKENS == 0 if EACH else number >= 0)
     inside = rows < most
     tl.store(tiles + 3 * rows, expert, mask=inside)
-    tl.store(tiles + 3 * rows + 1, start + skipped, mask=inside)
-    tl.store(tiles + 3 * rows + 2, start + tl.where(some, tl.minimum(skipped + TOKENS, count), skipped), mask=inside)
+    # Where there is no row, a product still reads what belongs to the first one.
+    tl.store(tiles + 3 * rows + 1, tl.where(some, start + skipped, 0), mask=inside)
+    tl.store(tiles + 3 * rows + 2, tl.where(some, start + tl.minimum(skipped + TOKENS, count), 0), mask=inside)
 
 
 @triton.jit

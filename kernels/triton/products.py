@@ -26,7 +26,7 @@ class Tiles:
     """Which rows of Y are made with the weight of which expert: pairs of a token and one of its experts."""
 
     table: torch.Tensor
-    """int32 [tiles, 3]: an expert, its first row of Y in the tile, and the one behind its last; the same where the tile has none."""
+    """int32 [tiles, 3]: an expert, its first row of Y in the tile, and the one behind its last; 0 and 0 where the tile has none."""
     order: torch.Tensor
     """int32 [pairs]: the pair that each row of Y is, token * used + place."""
     used: int

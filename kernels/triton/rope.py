@@ -77,24 +77,25 @@ def rope_write_kv_kernel(
         is_key = head < QUERY_HEADS + KV_HEADS
         kv_head = tl.where(is_key, head - QUERY_HEADS, head - QUERY_HEADS - KV_HEADS)
         place = (page * KV_HEADS + kv_head) * PAGE + offset
+        code = x
         if SCALED:
             largest = tl.max(tl.abs(x), 0)
             # NaN and infinity make a scale of NaN and codes of 0.
             finite = largest < float("inf")
             most: tl.constexpr = _MOST_INT8 if keys.dtype.element_ty == tl.int8 else _MOST_E4M3
             factor = tl.where(finite & (largest >= _SMALLEST), most / largest, 0.0)
-            x = tl.where(finite, x * factor, 0.0)
+            code = tl.where(finite, x * factor, 0.0)
             if keys.dtype.element_ty == tl.int8:
-                x = nearest_whole(x)
+                code = nearest_whole(code)
             elif keys.dtype.element_ty == tl.uint8:
-                x = e4m3_code(x)
+                code = e4m3_code(code)
             kind = tl.where(is_key, 0, 1)
             scale = tl.where(finite, largest / most, float("nan"))
             tl.store(scales + ((page * KV_HEADS + kv_head) * 2 + kind) * PAGE + offset, scale, mask=slot >= 0)
         if is_key:
-            tl.store(keys + place * DIM + at, x.to(keys.dtype.element_ty), mask=inside)
+            tl.store(keys + place * DIM + at, code.to(keys.dtype.element_ty), mask=inside)
         else:
-            tl.store(values + place * DIM + at, x.to(values.dtype.element_ty), mask=inside)
+            tl.store(values + place * DIM + at, code.to(values.dtype.element_ty), mask=inside)
 
 
 def rope_write_kv(

@@ -28,10 +28,10 @@ def e4m3_code(x):
 
 @triton.jit
 def e4m3_value(code):
-    """Bytes of e4m3fn as float32, where the hardware knows no such type: as float16 they have the same fraction, and 2^8 to make up for."""
+    """Bytes of e4m3fn as float16, where the hardware knows no such type: they have the same fraction, and 2^8 to make up for."""
     wide = code.to(tl.int16)
     half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half * 256.0)
 
 
 @triton.jit

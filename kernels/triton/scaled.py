@@ -144,12 +144,11 @@ def scaled_kernel(
                 block = tl.dot(w, x, out_dtype=SUM).to(tl.float32)
                 # A plain sum would be made part of the next product, and lose bits there: what is the weight's is multiplied here.
                 acc = tl.fma(block, w_scale * x_scale[None, :] if GROUPED else tl.broadcast_to(w_scale, [OUTPUTS, TOKENS]), acc)
-        if GROUPED:
-            total += acc
-        elif WHOLE_NUMBERS:
-            total = tl.fma(acc.to(tl.float32), w_scale * x_scale[None, :], total)
-        else:
-            total = tl.fma(acc, tl.broadcast_to(x_scale[None, :], [OUTPUTS, TOKENS]), total)
+        if not GROUPED:
+            # Rounded before it is added, as where each split has a program of its own: plain, it would be added as it is.
+            factor = w_scale * x_scale[None, :] if WHOLE_NUMBERS else tl.broadcast_to(x_scale[None, :], [OUTPUTS, TOKENS])
+            acc = tl.fma(acc.to(tl.float32), factor, tl.zeros([OUTPUTS, TOKENS], tl.float32))
+        total += acc
     store_product(Y, total, bias, outputs, tokens, end, first, y_rows, N, width, WHOLE, BIAS)
 
 

@@ -12,11 +12,10 @@ from triton.runtime import driver
 
 KV_SPLIT = 256
 """Positions whose softmax is computed from nothing, before it is merged with the others' in order."""
-KV_BLOCK = 64
-"""Positions read at once."""
 QUERY_ROWS = 64
 """Rows (token, query head) of an attention tile: what a Hopper tensor core takes at least. Decoding fills few of them and waits for
 memory all the same."""
+
 
 K_BLOCK = 64
 """Inputs of a product that are multiplied at once: the order of its sum."""
@@ -45,7 +44,16 @@ class Rows:
     """At most: no more than fit."""
 
 
-FEW = Rows(16, 128, 8, 4)
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """How many positions attention reads at once, and the means that takes."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+FEW_TOKENS = 16
 SOME: dict[Kind, Rows] = {
     "floats": Rows(64, 64, 4, 4),
     "float32": Rows(64, 64, 4, 3),
@@ -53,48 +61,93 @@ SOME: dict[Kind, Rows] = {
     "e4m3": Rows(64, 128, 8, 4),
     "int8": Rows(64, 128, 8, 4),
 }
-MANY: dict[Kind, Rows] = {
+EXPERT_TOKENS = FEW_TOKENS, 64
+"""Rows of one expert in a tile, where experts have few each and where they have more: SOME of any kind has as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What kind of device it is that a tile must suit."""
+
+    shared: int
+    """KiB of shared memory that a block may take (CUDA C++ programming guide, table of compute capabilities; CDNA 3 instruction set
+    architecture, local data share)."""
+    positions: Positions
+    few: Rows
+    many: dict[Kind, Rows]
+    unsplit: dict[Kind, Rows]
+    """Where K is not split there is a sum less to hold, and room in registers for more tokens."""
+    in_registers: int = 0
+    """Stages that are on their way in registers, and take no shared memory."""
+
+
+_MANY: dict[Kind, Rows] = {
     "floats": Rows(128, 128, 8, 4),
     "float32": Rows(64, 128, 8, 2),
     "grouped": Rows(64, 128, 8, 4),
     "e4m3": Rows(64, 128, 8, 4),
     "int8": Rows(128, 128, 8, 4),
 }
-MANY_UNSPLIT: dict[Kind, Rows] = MANY | {
+_UNSPLIT: dict[Kind, Rows] = _MANY | {
     "floats": Rows(256, 128, 8, 3),
     "grouped": Rows(128, 128, 8, 4),
     "e4m3": Rows(128, 128, 8, 4),
     "int8": Rows(256, 128, 8, 3),
 }
-"""Without splits there is a sum less to hold, and room in registers for more tokens."""
+HOPPER = Generation(227, Positions(64, 4, 2), Rows(FEW_TOKENS, 128, 8, 4), _MANY, _UNSPLIT)
+"""Its tiles have been measured. Others' are what compiles for them without spilling registers."""
+_FEW = Rows(FEW_TOKENS, 128, 4, 4)
+BLACKWELL = Generation(
+    227,
+    Positions(64, 4, 2),
+    _FEW,
+    _MANY | {"int8": Rows(64, 128, 8, 4)},
+    _UNSPLIT | {"e4m3": Rows(64, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
+)
+AMPERE = Generation(
+    163,
+    Positions(32, 8, 2),
+    _FEW,
+    _MANY | {"int8": Rows(64, 128, 8, 4)},
+    _UNSPLIT | {"grouped": Rows(64, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
+)
+ADA = replace(AMPERE, shared=99, few=Rows(FEW_TOKENS, 64, 4, 4), unsplit=AMPERE.unsplit | {"floats": Rows(128, 128, 8, 4)})
+"""And small Blackwells, which multiply as it does."""
+CDNA = Generation(
+    64,
+    Positions(32, 4, 2),
+    _FEW,
+    _MANY,
+    _UNSPLIT | {"floats": Rows(128, 128, 8, 4), "int8": Rows(128, 128, 8, 4)},
+    in_registers=1,
+)
 
-EXPERT_TOKENS = FEW.tokens, 64
-"""Rows of one expert in a tile, where experts have few each and where they have more: SOME of any kind has as many."""
+GENERATIONS = {80: AMPERE, 86: ADA, 87: AMPERE, 89: ADA, 90: HOPPER, 100: BLACKWELL, 103: BLACKWELL, 120: ADA, 121: ADA}
+"""By NVIDIA's compute capability."""
 
-SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-"""KiB that a block may take, by NVIDIA's compute capability (CUDA C++ programming guide, table of compute capabilities)."""
-AMD_SHARED_MEMORY = 64
-"""KiB (CDNA 3 instruction set architecture, local data share)."""
+
+def generation() -> Generation:
+    """The present device's. The CPU is taken for the one on which tiles were measured."""
+    target = driver.active.get_current_target()
+    if target.backend == "hip":
+        return CDNA
+    return HOPPER if target.backend == "cpu" else GENERATIONS.get(target.arch, ADA)
 
 
 def rows_of(tokens: int, kind: Kind, splits: int, inputs: int, weight_bytes: float, input_bytes: int) -> Rows:
     """The tile for a product of so many tokens. A stage holds so many `inputs` at a time, of as many bytes each in the weight and in x."""
-    if tokens <= FEW.tokens:
-        rows = FEW
+    device = generation()
+    if tokens <= FEW_TOKENS:
+        rows = device.few
     elif tokens <= 2 * SOME[kind].tokens:
         rows = SOME[kind]
     else:
-        rows = (MANY_UNSPLIT if splits == 1 else MANY)[kind]
-    target = driver.active.get_current_target()
-    room, unseen = SHARED_MEMORY.get(target.arch, 99) << 10, 0
-    if target.backend == "hip":
-        # One stage is on its way in registers.
-        room, unseen = AMD_SHARED_MEMORY << 10, 1
-    elif target.backend == "cpu":
-        room = SHARED_MEMORY[90] << 10
-    stages = lambda rows: int(room / (inputs * (rows.outputs * weight_bytes + rows.tokens * input_bytes))) + unseen  # noqa: E731
+        rows = (device.unsplit if splits == 1 else device.many)[kind]
+    stages = lambda rows: (  # noqa: E731
+        int((device.shared << 10) / (inputs * (rows.outputs * weight_bytes + rows.tokens * input_bytes))) + device.in_registers
+    )
     if rows.tokens > 128 and stages(rows) < rows.stages:
-        rows = MANY[kind]
+        rows = device.many[kind]
     return replace(rows, stages=max(1, min(rows.stages, stages(rows))))
 
 

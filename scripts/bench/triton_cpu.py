@@ -22,12 +22,12 @@ def launches() -> dict[str, Callable[[], object]]:
 
     from headrace.kernels.ops import HeadShape
     from headrace.kernels.triton import TritonOps
-    from headrace.kernels.triton.linear import DeviceWeight
     from headrace.kernels.triton.pages import KVPages
     from headrace.kernels.triton.step import StepTokens, Tiles
+    from headrace.kernels.triton.weights import DeviceWeight
 
     ops, heads, device = TritonOps(torch.float32, torch.float32), HeadShape(8, 2, 64), torch.device("cpu")
-    weight = [DeviceWeight(torch.randn(512, 512), None, None, None, 512, 512, 0)]
+    weight = [DeviceWeight("floats", torch.randn(512, 512), 512)]
     kv = KVPages.new(64, 16, heads, device, "f32")
     kv.keys.normal_()
     kv.values.normal_()
@@ -83,7 +83,8 @@ def main() -> None:
         other = ways["interpreter"][name]
         print(f"{name:28} {took * 1e3:11.2f} {other * 1e3:15.1f} {other / took:13.0f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(ways, indent=1) + "\n")
+        written = {"cores": len(os.sched_getaffinity(0))} | ways
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

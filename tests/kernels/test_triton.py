@@ -3,6 +3,7 @@ rounds rightly, and compiled for GPUs."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ def outcomes(*arguments: str, timeout: float, interpreted: bool = False) -> list
 def test_every_op_is_what_the_reference_gives_in_every_type_and_to_the_bit_in_any_batch(shard):
     found = outcomes("--shard", *map(str, shard), timeout=1200)
     assert {one["type"] for one in found} == {"bfloat16", "float16", "float32"}
+    assert [one for one in found if not one["ok"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["linear int8 x int8 rows alone", "linear e4m3 x e4m3 rows alone", "experts int8 x int8 rows alone"])
+def test_products_with_inputs_in_8_bits_are_the_same_bits_however_their_sums_are_split(which):
+    found = outcomes("--only", which, timeout=1200)
+    assert len(found) == 3
     assert [one for one in found if not one["ok"]] == []
 
 
@@ -89,6 +98,29 @@ def test_no_kernel_exceeds_its_budget_on_a_gpu_that_is_not_here(model, target, e
     wrong, figures = check([model], [target], every=every)
     assert len(figures[target]) > 60 // every
     assert wrong == []
+
+
+CORES = {"sm_80": "[HI]MMA", "sm_89": "[HIQ]MMA", "sm_90": "[HIQ]GMMA", "sm_100": r"UTC\w*MMA", "sm_120": "[HIQ]MMA", "gfx942": "v_mfma_"}
+"""What products are computed with. Triton has no int8 for those of sm_100, and multiplies it as Ampere does."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_budget_allows_is_what_products_and_decoding_should_take(target, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from headrace.kernels.aot import MOST_SHARED
+    from scripts.lib.kernel_report import BUDGET
+
+    kernels = json.loads(BUDGET.read_text())[target]
+    spilling = [name for name, one in kernels.items() if one["spills"] and "prefill" not in name]
+    oversized = [name for name, one in kernels.items() if one["shared"] > MOST_SHARED[target]]
+    products = {name: one for name, one in kernels.items() if re.search(": (linear|grouped|scaled|attention)_kernel", name)}
+    others = [
+        name
+        for name, one in products.items()
+        if not any(re.match(CORES[target], core) for core in one["tensor_core"]) and (target, "int8 x int8" in name) != ("sm_100", True)
+    ]
+    assert (spilling, oversized, others) == ([], [], [])
+    assert len(products) > 60
 
 
 def test_a_kernel_that_spills_or_loses_its_tensor_cores_is_over_budget(monkeypatch):
