@@ -79,7 +79,7 @@ def plan(
     available = ledger.available + sum(ledger.pages_freed_by(victim) for victim in decision.preempt)
     budget = limits.max_step_tokens
 
-    decode_budget = budget - budget // 4 if prefills or waiting else budget
+    decode_budget = _decode_budget(budget) if prefills or waiting else budget
     if tenants and decodes and _is_behind(prefills, waiting, decodes, tenants):
         decode_budget = budget // 4
     if len(decodes) > decode_budget:
@@ -200,20 +200,33 @@ def _is_behind(prefills: Series[Sequence], waiting: Iterable[Sequence], decodes:
     return bool(others) and tenants.served(following.tenant) <= min(map(tenants.served, others))
 
 
-def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], limits: Limits) -> list[int] | None:
+def plan_ahead(
+    ledger: Ledger,
+    rows: Series[Row],
+    running: Series[Sequence],
+    waiting: Collection[Sequence],
+    limits: Limits,
+    tenants: Tenants | None = None,
+) -> list[int] | None:
     """Whether what a step in flight runs can go on with one more token each, whatever its result may be; and if so, how many drafts each
     of its `rows` may have verified (none at all for an empty list).
 
     `running` are all sequences with pages. None when the next step cannot be known yet: something else than decoding goes on, or pages
-    could run out even if every draft in flight proves right, or every next token is sure to be the last.
+    could run out even if every draft in flight proves right, or every next token is sure to be the last, or one of `waiting` may get a
+    place. Should an unforeseen end give it one, it gets it a step later than it could.
     """
     if len(rows) != len(running) or not all(map(attrgetter("emits"), rows)):
         return None
-    if not any(len(row.sequence.tokens) + 1 < row.sequence.limit for row in rows):
+    budget = limits.max_step_tokens
+    if waiting:
+        budget = _decode_budget(budget)
+        if len(rows) > budget or not _nobody_can_start(rows, limits, tenants):
+            return None
+    elif not any(len(row.sequence.tokens) + 1 < row.sequence.limit for row in rows):
         return None
     if not limits.drafts and len(rows) <= ledger.available:
         return []  # whatever happens, none needs more than one page
-    spare = _spare(limits.max_step_tokens, len(rows))
+    spare = _spare(budget, len(rows))
     drafts, pages = [], 0
     for row in rows:
         sequence = row.sequence
@@ -226,6 +239,19 @@ def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], lim
     if pages > ledger.available:
         return None
     return drafts if any(drafts) else []
+
+
+def _nobody_can_start(rows: Series[Row], limits: Limits, tenants: Tenants | None) -> bool:
+    """Whether those that wait find no place after the step in flight: all are taken, none is sure or likely to become free, and no tenant
+    has to make place for another."""
+    if len(rows) < limits.max_running or (tenants is not None and tenants.live > 1):
+        return False
+    return all(len(row.sequence.tokens) + 1 + row.lookahead < row.sequence.limit for row in rows)
+
+
+def _decode_budget(budget: int) -> int:
+    """What decodes may take of it while others have prompts to compute."""
+    return budget - budget // 4
 
 
 def _spare(budget: int, decodes: int) -> int:

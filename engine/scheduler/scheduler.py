@@ -123,7 +123,7 @@ class Scheduler:
         if epoch is not None:
             if epoch.in_flight is None and (self._running or self._waiting or self._aborts):
                 self._start_step(epoch)
-            if epoch.in_flight is not None and epoch.ahead is None and not (self._waiting or self._aborts):
+            if epoch.in_flight is not None and epoch.ahead is None and not self._aborts:
                 self._look_ahead(epoch)
         self._outgoing.send_all()
         if self._draining and not self._drained and not len(self._journal):
@@ -307,7 +307,7 @@ class Scheduler:
 
     def _look_ahead(self, epoch: Epoch) -> None:
         """Send the plan after the one in flight, if its result cannot change it."""
-        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._limits)
+        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._waiting, self._limits, self._tenants)
         if lookahead is None:
             return
         epoch.ahead = Plan(epoch.number, epoch.ledger.step + 1, 0, [], [], [], [], [], ahead=True, lookahead=lookahead)

@@ -7,7 +7,7 @@ from headrace.engine.ledger.ledger import Ledger
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult, StepTimes
-from headrace.engine.scheduler.plan import Decision, Limits, plan
+from headrace.engine.scheduler.plan import Decision, Limits, plan, plan_ahead
 from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
@@ -31,6 +31,8 @@ class Trace:
         self.aborts: list[int] = []
         self.finished: dict[int, list[int]] = {}
         self.steps = 0
+        self.ahead = 0
+        """Steps whose successor was known before their result."""
 
     def submit(self, request: int, prompt: list[int], max_tokens: int, tenant: str = "", priority: int = 0, suspect: bool = False) -> None:
         admit = Admit(request, prompt, [], Sampling(max_tokens=max_tokens), request)
@@ -86,6 +88,7 @@ class Trace:
         self.running.sort(key=lambda s: (s.priority, s.arrived))
         assert len(self.running) <= self.limits.max_running
         assert len(rows) == 1 or not any(row.sequence.suspect for row in rows)
+        ahead = plan_ahead(ledger, rows, self.running, self.waiting, self.limits, self.tenants)
         for row in rows:
             self.tenants.charge(row.sequence.tenant, row.length, 0)
         emitting = [row for row in rows if row.emits]
@@ -99,7 +102,15 @@ class Trace:
         times = StepTimes(0, 0, 0, 0)
         requests = [row.sequence.request for row in emitting]
         result = StepResult(1, ledger.step, 0, ledger.digest, requests, counts, tokens, [], [], times)
-        for end in ledger.commit(result):
+        ended = ledger.commit(result)
+        if ahead is not None:
+            self.ahead += 1
+            if not ended:
+                # What was sent before the result was known is what would be sent now.
+                after = self.decide()
+                assert not after.start and not after.preempt
+                assert {(s.request, length) for s, length in after.run} == {(row.sequence.request, 1) for row in rows}
+        for end in ended:
             sequence = end.sequence
             self.finished[sequence.request] = sequence.tokens[sequence.prompt :]
             self.running.remove(sequence)
@@ -280,6 +291,29 @@ def test_a_prompt_of_a_tenant_that_got_less_takes_most_of_the_budget():
     first = {sequence.request: length for sequence, length in trace.step().run}
     assert first.pop(50) == 12
     assert len(first) == 4
+
+
+def test_a_queue_without_a_place_does_not_keep_the_next_plan_from_being_known():
+    trace = Trace(256, Limits(2, 16))
+    for request in range(1, 5):
+        trace.submit(request, [request], 10)
+    while trace.running or trace.waiting:
+        trace.step()
+    assert trace.steps == 20
+    assert trace.ahead == 18, "but not before the ends, when the next two start, and when nobody is left"
+
+
+def test_a_waiting_tenant_that_may_be_given_a_place_keeps_the_next_plan_open():
+    trace = Trace(256, Limits(2, 16))
+    for request in range(1, 4):
+        trace.submit(request, [request], 10, tenant="many")
+    trace.step()
+    trace.step()
+    trace.submit(50, [50], 10, tenant="few")
+    ahead = trace.ahead
+    started = [sequence.request for _ in range(2) for sequence in trace.step().start]
+    assert started == [50]
+    assert trace.ahead == ahead
 
 
 def test_chunks_beside_decodes_are_as_long_as_the_measured_pause_allows():
