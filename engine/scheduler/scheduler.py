@@ -265,10 +265,11 @@ class Scheduler:
     def _forget(self, request: int, why: str) -> Entry | None:
         entry = self._journal.close(request)
         if entry is not None:
-            self._tenants.leave(entry.submit.tenant)
+            now = time.monotonic()
+            self._tenants.leave(entry.submit.tenant, now)
             self._meters.ended(why)
-            self._timelines.add(entry, why, time.monotonic())
-            self._traces.add(entry, why, time.monotonic())
+            self._timelines.add(entry, why, now)
+            self._traces.add(entry, why, now)
         return entry
 
     # Steps
@@ -276,7 +277,8 @@ class Scheduler:
     def _start_step(self, epoch: Epoch) -> None:
         """Write the next plan, apply it to the mirror and send it to every rank."""
         ledger = epoch.ledger
-        decision = plan(ledger, self._running, self._waiting, self._limits, self._speed, self._tenants)
+        shared = self._tenants.shared(time.monotonic())
+        decision = plan(ledger, self._running, self._waiting, self._limits, self._speed, self._tenants, shared)
         if not decision.run and not decision.preempt and not self._aborts:
             return
         message = Plan(
@@ -307,7 +309,8 @@ class Scheduler:
 
     def _look_ahead(self, epoch: Epoch) -> None:
         """Send the plan after the one in flight, if its result cannot change it."""
-        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._waiting, self._limits, self._tenants)
+        shared = self._tenants.shared(time.monotonic())
+        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._waiting, self._limits, self._speed, self._tenants, shared)
         if lookahead is None:
             return
         epoch.ahead = Plan(epoch.number, epoch.ledger.step + 1, 0, [], [], [], [], [], ahead=True, lookahead=lookahead)

@@ -8,9 +8,12 @@ A request that decodes sees each step as the pause before its next token. A chun
 
 Every token of a chunk attends to all places before it, so deep in a long prompt a chunk of the same size takes many times as long; and
 the keys and values of these places must be read once, however few the tokens are. `token` and `place` are seconds, learnt from the steps
-that were measured, so they follow the machine and the model. Called by the scheduler after each step, and by `plan`.
+that were measured, so they follow the machine and the model. Where tenants share the engine, decodes are limited as well: whoever comes
+waits for the step under way, however many others are decoding. Called by the scheduler after each step, and by `plan`.
 """
 
+import math
+import sys
 from collections.abc import Iterable
 
 STRETCH = 1.6
@@ -34,8 +37,8 @@ _PLACES = 1000
 class Speed:
     def __init__(self, target_s: float) -> None:
         self._target = target_s
-        self._decodes: dict[int, float] = {}
-        """Seconds of a step of decodes alone, by the bit length of their number."""
+        self._decodes: dict[int, tuple[float, float]] = {}
+        """Steps of decodes alone, by the bit length of their number: how many they were, and seconds, both on average."""
         self._token = 0.0
         """Seconds that a token of a chunk adds to a step, what it attends to aside; 0 before the first was measured."""
         self._place = 0.0
@@ -49,8 +52,8 @@ class Speed:
             places += ((length + READ) * context + length * length / 2) / _PLACES
         if not tokens:
             size = decodes.bit_length()
-            known = self._decodes.get(size, seconds)
-            self._decodes[size] = known + _NEWEST * (seconds - known)
+            number, known = self._decodes.get(size, (decodes, seconds))
+            self._decodes[size] = number + _NEWEST * (decodes - number), known + _NEWEST * (seconds - known)
             return
         took = max(0.0, seconds - self._of_decodes(decodes))
         if not self._token:
@@ -70,10 +73,28 @@ class Speed:
         place = self._place * context / _PLACES
         return min(most, max(LEAST, int((left - READ * place) / (self._token + place))))
 
+    def decodes(self, share: float) -> int:
+        """How many decodes alone take such a share of the target: one at least, and no more than twice of what was measured to take less,
+        so that it is approached in steps that show how far it is. No limit before any was measured."""
+        wanted = share * self._target
+        points = sorted(self._decodes.values())
+        if not points:
+            return sys.maxsize
+        below = max((place for place, (_, seconds) in enumerate(points) if seconds <= wanted), default=None)
+        if below is None:
+            number, seconds = points[0]
+            return max(1, int(number * wanted / seconds))
+        number, seconds = points[below]
+        if below + 1 == len(points):
+            return max(1, int(2 * number))
+        more, longer = points[below + 1]
+        # Rounded up, so that what is thought of longer steps is tried again.
+        return math.ceil(number + (more - number) * (wanted - seconds) / (longer - seconds))
+
     def _of_decodes(self, decodes: int) -> float:
         """A step of so many decodes alone: as measured, or as the nearest smaller number was."""
         if not decodes:
             return 0.0
         size = decodes.bit_length()
         near = max((other for other in self._decodes if other <= size), default=min(self._decodes, default=size))
-        return self._decodes.get(near, 0.0)
+        return self._decodes.get(near, (0.0, 0.0))[1]
