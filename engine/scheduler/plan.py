@@ -30,8 +30,11 @@ from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
 
-ALONE, BESIDE, AHEAD = 1.0, 0.5, 0.25
+ALONE, BESIDE, AHEAD = 0.8, 0.5, 0.25
 """What part of a step's time decodes may take where tenants share: alone, beside prompts, and beside those of a tenant served less."""
+AHEAD_STEP = 2.0
+"""How many times as long as other steps one with such a prompt may be, where decodes take turns: its first token comes sooner, and theirs
+have longer pauses anyway."""
 
 MOST_PASSED_OVER = 64
 """Waiting requests that a step looks past because they wait for a prefix."""
@@ -104,9 +107,10 @@ def plan(
     behind = tenants is not None and (prefills or starting) and _is_behind(prefills, waiting, decodes, tenants)
     if behind:
         decode_budget = budget // 4
-    most = decode_budget
-    if shared and speed is not None and len(decodes) > speed.decodes(ALONE):
+    most, crowded = decode_budget, shared and speed is not None and len(decodes) > speed.decodes(ALONE)
+    if crowded:
         most = min(most, speed.decodes(AHEAD if behind else BESIDE if prefills or starting else ALONE))
+    stretch = AHEAD_STEP if crowded and behind else 1.0
     if len(decodes) > most:
         decodes = _take_turns(decodes, most, tenants)
     preempted: set[int] = set()
@@ -147,7 +151,7 @@ def plan(
         """Compute a chunk of each, as far as budget and pages go."""
         nonlocal available, budget
         if speed is not None and decodes and prompts:
-            budget = min(budget, speed.chunk(len(decodes), budget, prompts[0].computed))
+            budget = min(budget, speed.chunk(len(decodes), budget, prompts[0].computed, stretch))
         for sequence in prompts:
             if sequence.request in preempted or budget == 0:
                 continue
@@ -167,11 +171,12 @@ def plan(
     go_on(prefills)
     if waiting and budget and not preempted:
         if speed is not None and decodes and not prefills:
-            budget = min(budget, speed.chunk(len(decodes), budget))
+            budget = min(budget, speed.chunk(len(decodes), budget, stretch=stretch))
         newcomers = takewhile(lambda sequence: due(sequence) < due(later[0]), waiting) if later else waiting
         available -= _admit(decision, ledger, prefills + later, newcomers, limits.max_running - len(left), available, budget)
         budget -= sum(length for _, length in decision.run[-len(decision.start) :]) if decision.start else 0
-    go_on(later)
+    if not (crowded and behind and decision.start):
+        go_on(later)
     return decision
 
 

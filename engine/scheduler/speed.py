@@ -64,12 +64,13 @@ class Speed:
         self._token = max(self._token / 2, self._token + share * tokens)
         self._place = max(0.0, self._place + share * places)
 
-    def chunk(self, decodes: int, most: int, context: int = 0) -> int:
-        """Tokens of a chunk behind so many places that may run beside so many decodes, up to `most`."""
+    def chunk(self, decodes: int, most: int, context: int = 0, stretch: float = 1.0) -> int:
+        """Tokens of a chunk behind so many places that may run beside so many decodes, up to `most`. `stretch` is how many times the target
+        the step may take."""
         if not decodes or not self._token:
             return most
         alone = self._of_decodes(decodes)
-        left = max(self._target, STRETCH * alone) - alone
+        left = max(stretch * self._target, STRETCH * alone) - alone
         place = self._place * context / _PLACES
         return min(most, max(LEAST, int((left - READ * place) / (self._token + place))))
 

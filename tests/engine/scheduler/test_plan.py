@@ -358,8 +358,8 @@ def test_chunks_beside_decodes_are_as_long_as_the_measured_pause_allows():
 
 def test_where_tenants_share_the_engine_steps_are_short_and_decodes_take_turns():
     trace = flooded(200)
-    ran = [[sequence.request for sequence, _ in trace.step().run] for _ in range(12)]
-    assert all(17 <= len(step) <= 20 for step in ran), "what 0.05 s allow"
+    ran = [[sequence.request for sequence, _ in trace.step().run] for _ in range(15)]
+    assert all(14 <= len(step) <= 17 for step in ran), "what four fifths of 0.05 s allow"
     assert {request for step in ran for request in step} == set(range(1, 201)), "each has its turn"
     trace.shared = False
     assert len(trace.step().run) == 200, "nobody else is there to profit"
@@ -367,14 +367,14 @@ def test_where_tenants_share_the_engine_steps_are_short_and_decodes_take_turns()
 
 def test_a_newcomer_finds_a_step_of_its_own_where_another_tenant_decodes_much():
     trace = flooded(200)
-    trace.submit(500, [5] * 40, 8, tenant="few")
+    trace.submit(500, [5] * 110, 8, tenant="few")
     first = {sequence.request: length for sequence, length in trace.step().run}
-    assert first.pop(500) == 40
+    assert first.pop(500) == 110, "in a step that takes longer than others for it"
     assert len(first) <= 5
     for _ in range(7):
         run = [sequence.request for sequence, _ in trace.step().run]
         assert 500 in run, "it has its turn in each step, being its tenant's only one"
-        assert len(run) >= 15
+        assert len(run) >= 12
     assert len(trace.finished[500]) == 8
 
 
@@ -385,8 +385,8 @@ def test_prompts_that_have_begun_make_way_for_one_of_a_tenant_that_got_less():
     trace.submit(500, [5] * 40, 8, tenant="few")
     trace.tenants.charge("many", 0, 20)
     run = {sequence.request: length for sequence, length in trace.step().run}
-    assert run[500] == 40
-    assert run.get(400, 0) < 40
+    assert run.pop(500) == 40
+    assert 400 not in run
     while 400 not in trace.finished:
         trace.step()
         assert trace.steps < 400
