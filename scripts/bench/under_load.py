@@ -4,6 +4,7 @@
     starvation   a long prompt arrives among 16 decoding streams: what their inter-token latency does, and its own time to the first token
     flood        one tenant sends hundreds of requests at once: another tenant's time to the first token, beside that of an idle engine
     overload     ten times as many requests as the engine can serve: what still gets done, how soon the others are told
+    restart      the worker is killed while it serves: how soon the stream that it ran goes on
     soak         random load with a fifth of it aborted: memory and pages, from the end of the warm-up on
 
 The load comes from this process, on the same cores, over connections that cost it little (`headrace.client.bench.wire`); its share of them
@@ -13,17 +14,21 @@ is in the results. Times are a client's, over HTTP. All of it goes into one JSON
 import argparse
 import asyncio
 import json
+import os
 import random
+import signal
 import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import uvloop
-from processes import Engine, engine, parse, shares
+from processes import Engine, engine, name_of, parse, shares, tree
 
 from headrace.client.bench.corpus import load_words
 from headrace.client.bench.machine import facts
@@ -44,7 +49,7 @@ def first_s(sample: Sample) -> float:
 
 def gaps(sample: Sample, since: float, until: float) -> list[float]:
     """Seconds between two steps that both fall into the time."""
-    return [b - a for a, b in zip(sample.times, sample.times[1:], strict=False) if since <= a and b <= until]
+    return [b - a for a, b in pairwise(sample.times) if since <= a and b <= until]
 
 
 class Load:
@@ -199,6 +204,35 @@ async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+async def restart(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
+    sample, found = Sample(), []
+    task = asyncio.create_task(load.stream(load.prompt(20), arguments.decode_tokens, sample=sample))
+
+    async def comes(more: Callable[[], bool]) -> None:
+        while not more():
+            if task.done():
+                raise SystemExit(f"the stream ended before its time: {sample.error}")
+            await asyncio.sleep(0.005)
+
+    for killed in range(arguments.kills):
+        seen = len(sample.times)
+        await comes(lambda seen=seen: len(sample.times) > seen + 20)
+        pid = next(pid for pid in tree(load.running.supervisor.pid) if name_of(pid) == "worker-0")
+        os.kill(pid, signal.SIGKILL)
+        at = time.perf_counter()
+        while await load.metric("headrace_recovery_seconds_count") <= killed:
+            await asyncio.sleep(0.02)
+        back = time.perf_counter()
+        await comes(lambda back=back: sample.times[-1] > back)
+        # What had been sent may come for a moment. Then there is a gap.
+        after = [one for one in sample.times if one >= at]
+        found.append(max(pairwise([at, *after]), key=lambda pair: pair[1] - pair[0])[1] - at)
+    recovered = await load.metric("headrace_recovery_seconds_sum") / await load.metric("headrace_recovery_seconds_count")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return {"kills": arguments.kills, "next_token_s": found, "next_token_s_max": max(found), "process_is_back_s_mean": recovered}
+
+
 async def soak(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     ends = time.perf_counter() + arguments.soak
     warm = time.perf_counter() + arguments.soak / 4
@@ -259,13 +293,14 @@ async def _idle_pages(load: Load) -> float:
     )
 
 
-MEASURES = {"starvation": starvation, "flood": flood, "overload": overload, "soak": soak}
+MEASURES = {"starvation": starvation, "flood": flood, "overload": overload, "restart": restart, "soak": soak}
 GOALS = {
     ("starvation", "itl_p99_rises"): 2.0,
     ("starvation", "ttft_over_all_work"): 1.3,
     ("flood", "ttft_rises"): 2.0,
     ("overload", "goodput_of_peak"): -0.9,  # at least
     ("overload", "refused_ms_p99"): 50.0,
+    ("restart", "next_token_s_max"): 1.0,
     ("soak", "growth"): 0.02,
     ("soak", "pages_in_use_at_the_end"): 0.0,
 }
@@ -292,6 +327,7 @@ def main() -> int:
     parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload (default: 60)")
     parser.add_argument("--soak", type=float, default=1800.0, metavar="SECONDS", help="of soaking (default: 1800)")
+    parser.add_argument("--kills", type=int, default=5, metavar="N", help="of the worker, by restart (default: 5, what a minute may have)")
     parser.add_argument("--flood", type=int, default=500, metavar="REQUESTS", help="default: 500")
     parser.add_argument(
         "--long-words", type=int, default=5600, metavar="N", help="words of the long prompt (default: 5600, about 8,000 tokens)"
