@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from operator import attrgetter
 
-from headrace.engine.ledger.ledger import Ledger, Row
+from headrace.engine.ledger.ledger import Ledger
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
@@ -103,7 +103,7 @@ def plan(
     available = ledger.available + sum(ledger.pages_freed_by(victim) for victim in decision.preempt)
     budget = limits.max_step_tokens
 
-    decode_budget = _decode_budget(budget) if prefills or waiting else budget
+    decode_budget = budget_of_decodes(budget) if prefills or waiting else budget
     behind = tenants is not None and (prefills or starting) and _is_behind(prefills, waiting, decodes, tenants)
     if behind:
         decode_budget = budget // 4
@@ -127,7 +127,7 @@ def plan(
                 return False
         return True
 
-    spare = _spare(decode_budget, len(decodes))
+    spare = spare_for_drafts(decode_budget, len(decodes))
     size, run = ledger.page_size, decision.run
     for sequence in decodes:
         if preempted and sequence.request in preempted:
@@ -135,7 +135,7 @@ def plan(
         lookahead = 0
         # Most steps of most decodes need neither drafts nor a page.
         if sequence.lookahead or sequence.computed >= len(sequence.pages) * size:
-            lookahead = _lookahead(sequence, spare, 1)
+            lookahead = drafts_of(sequence, spare, 1)
             pages = max(0, ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages))
             if pages > available:
                 lookahead = 0
@@ -252,70 +252,17 @@ def _is_behind(prefills: Series[Sequence], waiting: Iterable[Sequence], decodes:
     return bool(others) and tenants.served(following.tenant) <= min(map(tenants.served, others))
 
 
-def plan_ahead(
-    ledger: Ledger,
-    rows: Series[Row],
-    running: Series[Sequence],
-    waiting: Collection[Sequence],
-    limits: Limits,
-    speed: Speed | None = None,
-    tenants: Tenants | None = None,
-    shared: bool = False,
-) -> list[int] | None:
-    """Whether what a step in flight runs can go on with one more token each, whatever its result may be; and if so, how many drafts each
-    of its `rows` may have verified (none at all for an empty list). Arguments are those of `plan`.
-
-    None when the next step cannot be known yet: something else than decoding goes on, or decodes take turns, or pages could run out even if
-    every draft in flight proves right, or every next token is sure to be the last, or one of `waiting` may get a place. If an unforeseen
-    end gives it one, it gets it a step later than it could.
-    """
-    if len(rows) != len(running) or not all(map(attrgetter("emits"), rows)):
-        return None
-    if shared and speed is not None and len(rows) > speed.decodes(ALONE):
-        return None
-    budget = limits.max_step_tokens
-    if waiting:
-        budget = _decode_budget(budget)
-        if len(rows) > budget or not _nobody_can_start(rows, limits, tenants):
-            return None
-    elif not any(len(row.sequence.tokens) + 1 < row.sequence.limit for row in rows):
-        return None
-    if not limits.drafts and len(rows) <= ledger.available:
-        return []  # whatever happens, none needs more than one page
-    spare = _spare(budget, len(rows))
-    drafts, pages = [], 0
-    for row in rows:
-        sequence = row.sequence
-        if len(sequence.tokens) + 1 >= sequence.limit:
-            drafts.append(0)
-            continue
-        lookahead = _lookahead(sequence, spare, 2)
-        drafts.append(lookahead)
-        pages += max(0, ledger.pages_for(row.start + row.length + row.lookahead + 1 + lookahead) - len(sequence.pages))
-    if pages > ledger.available:
-        return None
-    return drafts if any(drafts) else []
-
-
-def _nobody_can_start(rows: Series[Row], limits: Limits, tenants: Tenants | None) -> bool:
-    """Whether those that wait find no place after the step in flight: all are taken, none is sure or likely to become free, and no tenant
-    has to make place for another."""
-    if len(rows) < limits.max_running or (tenants is not None and tenants.live > 1):
-        return False
-    return all(len(row.sequence.tokens) + 1 + row.lookahead < row.sequence.limit for row in rows)
-
-
-def _decode_budget(budget: int) -> int:
+def budget_of_decodes(budget: int) -> int:
     """What decodes may take of it while others have prompts to compute."""
     return budget - budget // 4
 
 
-def _spare(budget: int, decodes: int) -> int:
+def spare_for_drafts(budget: int, decodes: int) -> int:
     """Tokens of the budget that each decode may have for drafts."""
     return max(0, budget - decodes) // max(1, decodes)
 
 
-def _lookahead(sequence: Sequence, spare: int, coming: int) -> int:
+def drafts_of(sequence: Sequence, spare: int, coming: int) -> int:
     """Drafts to verify in a step by whose end at least `coming` more tokens will have been emitted."""
     return max(0, min(sequence.lookahead, spare, sequence.limit - len(sequence.tokens) - coming))
 

@@ -7,7 +7,8 @@ from headrace.engine.ledger.ledger import Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult, StepTimes
-from headrace.engine.scheduler.plan import Decision, Limits, plan, plan_ahead
+from headrace.engine.scheduler.ahead import plan_ahead
+from headrace.engine.scheduler.plan import Decision, Limits, plan
 from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
