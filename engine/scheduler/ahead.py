@@ -65,4 +65,8 @@ def _nobody_can_start(rows: Series[Row], limits: Limits, tenants: Tenants | None
     has to make place for another."""
     if len(rows) < limits.max_running or (tenants is not None and tenants.live > 1):
         return False
-    return all(len(row.sequence.tokens) + 1 + row.lookahead < row.sequence.limit for row in rows)
+    return not any(map(_may_reach_its_limit, rows))
+
+
+def _may_reach_its_limit(row: Row) -> bool:
+    return len(row.sequence.tokens) + 1 + row.lookahead >= row.sequence.limit

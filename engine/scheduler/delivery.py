@@ -82,7 +82,7 @@ class Delivery:
 
     def _hand_out(self, result: StepResult, rows: list[Row], cancelled: bool) -> None:
         """Tell the tokenizers what their requests emitted."""
-        told = [row for row in rows if row.emits]
+        told = rows if len(rows) == len(result.requests) else [row for row in rows if row.emits]
         if cancelled:
             told = [row for row in told if self._journal.running(row.sequence.request)]
         one_each = result.counts.count(1) == len(result.counts)

@@ -323,7 +323,7 @@ class Scheduler:
 
     def _fly(self, epoch: Epoch, message: Plan) -> None:
         epoch.fly(message)
-        self._meters.step_tokens.observe(sum([row.length for row in epoch.rows]))
+        self._meters.step_tokens.observe(len(epoch.rows) if message.ahead else sum(message.lengths))
 
     def _started(self, sequence: Sequence, queued: Sequence, now: float) -> None:
         """A waiting request has its pages. The ledger's sequence takes over what the scheduler noted on the queued one."""
