@@ -30,6 +30,9 @@ READ = 4
 _NEWEST = 0.2
 """Weight of the newest measurement."""
 
+_FRESH = 500
+"""Steps after which a measurement bounds no decodes any more: the machine may be busy with less, or with more, by then."""
+
 _PLACES = 1000
 """Places by a thousand, so that both of what is learnt are of one order."""
 
@@ -37,8 +40,10 @@ _PLACES = 1000
 class Speed:
     def __init__(self, target_s: float) -> None:
         self._target = target_s
-        self._decodes: dict[int, tuple[float, float]] = {}
-        """Steps of decodes alone, by the bit length of their number: how many they were, and seconds, both on average."""
+        self._decodes: dict[int, tuple[float, float, int]] = {}
+        """Steps of decodes alone, by the bit length of their number: how many they were and seconds, both on average, and which of all
+        measured steps was the last."""
+        self._steps = 0
         self._token = 0.0
         """Seconds that a token of a chunk adds to a step, what it attends to aside; 0 before the first was measured."""
         self._place = 0.0
@@ -46,14 +51,15 @@ class Speed:
 
     def observe(self, decodes: int, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step of so many decodes, and of other rows (tokens, places before them), took `seconds`."""
+        self._steps += 1
         tokens = places = 0.0
         for length, context in chunks:
             tokens += length
             places += ((length + READ) * context + length * length / 2) / _PLACES
         if not tokens:
             size = decodes.bit_length()
-            number, known = self._decodes.get(size, (decodes, seconds))
-            self._decodes[size] = number + _NEWEST * (decodes - number), known + _NEWEST * (seconds - known)
+            number, known, _ = self._decodes.get(size, (decodes, seconds, 0))
+            self._decodes[size] = number + _NEWEST * (decodes - number), known + _NEWEST * (seconds - known), self._steps
             return
         took = max(0.0, seconds - self._of_decodes(decodes))
         if not self._token:
@@ -75,12 +81,13 @@ class Speed:
         return min(most, max(LEAST, int((left - READ * place) / (self._token + place))))
 
     def decodes(self, share: float) -> int:
-        """How many decodes alone take such a share of the target: one at least, and no more than twice of what was measured to take less,
-        so that it is approached in steps that show how far it is. No limit before any was measured."""
-        wanted = share * self._target
-        points = sorted(self._decodes.values())
+        """How many decodes alone take such a share of the target, or of what a step takes by itself, where that is more: with big models
+        few decodes take hardly longer than one. At least one, and no more than twice of what was measured to take less, so that the bound
+        is approached in steps that show how far it is. No bound before any was measured."""
+        points = sorted((number, seconds) for number, seconds, step in self._decodes.values() if self._steps - step < _FRESH)
         if not points:
             return sys.maxsize
+        wanted = max(share * self._target, (1 + share) * _at_rest(points))
         below = max((place for place, (_, seconds) in enumerate(points) if seconds <= wanted), default=None)
         if below is None:
             number, seconds = points[0]
@@ -98,4 +105,13 @@ class Speed:
             return 0.0
         size = decodes.bit_length()
         near = max((other for other in self._decodes if other <= size), default=min(self._decodes, default=size))
-        return self._decodes.get(near, (0.0, 0.0))[1]
+        return self._decodes.get(near, (0.0, 0.0, 0))[1]
+
+
+def _at_rest(points: list[tuple[float, float]]) -> float:
+    """Seconds that a step takes however few decodes there are: on the line through its two smallest numbers."""
+    number, seconds = points[0]
+    if len(points) == 1:
+        return seconds if number < 2 else 0.0
+    more, longer = points[1]
+    return min(seconds, max(0.0, seconds - number * (longer - seconds) / (more - number)))
