@@ -72,7 +72,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = None
     step_target: Annotated[
         Annotated[float, Meta(ge=0, le=1e9)],
-        _about("how long chunks of prompts may make a step in which other requests decode, if that is not less than 1.6 of it", "SECONDS"),
+        _about(
+            "how long chunks of prompts may make a step in which other requests decode, if that is not less than 1.6 of it; and where "
+            "tenants share the engine, how long decodes may make one, if that is not less than 2 of a single one's",
+            "SECONDS",
+        ),
     ] = 0.05
     max_waiting: Annotated[Count, _about("most queued requests; further ones get 429")] = 1024
     max_waiting_tokens: Annotated[Count, _about("most prompt tokens of queued requests; further ones get 429", "TOKENS")] = 1 << 20

@@ -288,6 +288,9 @@ class Pool:
             clock = asyncio.get_running_loop().call_later(self.timeout_s, connection.abandon, "timeout")
             try:
                 await waiter
+            except asyncio.CancelledError:
+                connection.abandon("cancelled")
+                raise
             finally:
                 clock.cancel()
                 self._busy.discard(connection)

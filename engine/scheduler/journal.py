@@ -119,5 +119,16 @@ class Journal:
             self.prompt_tokens -= len(entry.submit.prompt)
         return entry
 
+    def must_have(self, request: int) -> Entry:
+        """The entry of a request that runs."""
+        entry = self.get(request)
+        assert entry is not None, f"request {request:x} runs without a journal entry"
+        return entry
+
+    def running(self, request: int) -> Entry | None:
+        """The entry of a request that a step has run. None if it is over, be it that it has been submitted again since."""
+        entry = self.get(request)
+        return entry if entry is not None and entry.sequence is not None else None
+
     def entries(self) -> list[Entry]:
         return list(self._entries.values())

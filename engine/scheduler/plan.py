@@ -5,6 +5,10 @@ what users see moving; the rest of the step's token budget goes to longer ones i
 pause allows (see `speed.py`). When decodes alone could eat the budget, a quarter of it stays with the others, and three quarters where
 the others are of a tenant that was served less. Drafts are verified out of the decodes' part, shared evenly.
 
+Where tenants share the engine, a step is to be over soon, lest who comes has to wait for what hundreds of another's requests do in it.
+Then decodes get a part of the time that a step should take, the budget aside; when they are more they take turns, each tenant's as many
+as any other's, and those that do not run keep their pages.
+
 Pages: a newcomer is admitted when all its known tokens fit beside what earlier prefills still need. Decodes grow into what is
 left; when nothing is, the request that was admitted last gives up its pages and waits again (its computed prefix stays cached as
 long as nobody needs the room). So does the last request of a tenant with more than its share of the places, when another with less waits.
@@ -18,12 +22,19 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from itertools import takewhile
 from operator import attrgetter
 
-from headrace.engine.ledger.ledger import Ledger, Row
+from headrace.engine.ledger.ledger import Ledger
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
+
+ALONE, BESIDE, AHEAD = 0.8, 0.5, 0.25
+"""What part of a step's time decodes may take where tenants share: alone, beside prompts, and beside those of a tenant served less."""
+AHEAD_STEP = 2.0
+"""How many times as long as other steps one with such a prompt may be, where decodes take turns: its first token comes sooner, and theirs
+have longer pauses anyway."""
 
 MOST_PASSED_OVER = 64
 """Waiting requests that a step looks past because they wait for a prefix."""
@@ -55,12 +66,14 @@ def plan(
     limits: Limits,
     speed: Speed | None = None,
     tenants: Tenants | None = None,
+    shared: bool = False,
 ) -> Decision:
     """Decide one step.
 
     `running` are the sequences with pages, in the order of their admission; `waiting` those without, first come first. A sequence of
     `waiting` may be known to the ledger already (it was preempted). `speed` limits what may run beside decodes. `tenants` are needed
-    where there are several. Nothing is changed.
+    where there are several. Where they share the engine, with one who may come in a moment as well, `speed` limits the decodes too.
+    Nothing is changed.
     """
     if alone := _suspect_alone(ledger, running, waiting, limits):
         return alone
@@ -74,18 +87,32 @@ def plan(
     """Running sequences that are not preempted."""
     prefills = [sequence for sequence in running if len(sequence.tokens) - sequence.computed != 1]
     decodes = [sequence for sequence in running if len(sequence.tokens) - sequence.computed == 1] if prefills else list(running)
+    starting = bool(waiting) and len(left) < limits.max_running
+    later: list[Sequence] = []
+    """Prompts that have begun, and come after one of a tenant that was served less and has not."""
+
+    def due(sequence: Sequence) -> tuple[int, float]:
+        return sequence.priority, tenants.served(sequence.tenant) if tenants else 0.0
+
     if tenants:
-        prefills.sort(key=lambda sequence: (sequence.priority, tenants.served(sequence.tenant), sequence.arrived))
+        prefills.sort(key=lambda sequence: (*due(sequence), sequence.arrived))
+        if starting and prefills:
+            head = due(next(iter(waiting)))
+            first = sum(due(sequence) <= head for sequence in prefills)
+            prefills, later = prefills[:first], prefills[first:]
     available = ledger.available + sum(ledger.pages_freed_by(victim) for victim in decision.preempt)
     budget = limits.max_step_tokens
 
-    decode_budget = budget - budget // 4 if prefills or waiting else budget
-    if tenants and decodes and _is_behind(prefills, waiting, decodes, tenants):
+    decode_budget = budget_of_decodes(budget) if prefills or waiting else budget
+    behind = tenants is not None and (prefills or starting) and _is_behind(prefills, waiting, decodes, tenants)
+    if behind:
         decode_budget = budget // 4
-    if len(decodes) > decode_budget:
-        longest_ago = sorted(decodes, key=lambda sequence: sequence.last_run)[:decode_budget]
-        chosen = {sequence.request for sequence in longest_ago}
-        decodes = [sequence for sequence in decodes if sequence.request in chosen]
+    most, crowded = decode_budget, shared and speed is not None and len(decodes) > speed.decodes(ALONE)
+    if crowded:
+        most = min(most, speed.decodes(AHEAD if behind else BESIDE if prefills or starting else ALONE))
+    stretch = AHEAD_STEP if crowded and behind else 1.0
+    if len(decodes) > most:
+        decodes = _take_turns(decodes, most, tenants)
     preempted: set[int] = set()
 
     def make_room(sequence: Sequence, pages: int) -> bool:
@@ -100,7 +127,7 @@ def plan(
                 return False
         return True
 
-    spare = _spare(decode_budget, len(decodes))
+    spare = spare_for_drafts(decode_budget, len(decodes))
     size, run = ledger.page_size, decision.run
     for sequence in decodes:
         if preempted and sequence.request in preempted:
@@ -108,7 +135,7 @@ def plan(
         lookahead = 0
         # Most steps of most decodes need neither drafts nor a page.
         if sequence.lookahead or sequence.computed >= len(sequence.pages) * size:
-            lookahead = _lookahead(sequence, spare, 1)
+            lookahead = drafts_of(sequence, spare, 1)
             pages = max(0, ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages))
             if pages > available:
                 lookahead = 0
@@ -120,26 +147,36 @@ def plan(
         decision.lookahead.append(lookahead)
     budget -= len(run) + sum(decision.lookahead)
 
-    if speed is not None and decision.run and (prefills or waiting):
-        budget = min(budget, speed.chunk(len(decision.run), budget, prefills[0].computed if prefills else 0))
-    for sequence in prefills:
-        if sequence.request in preempted or budget == 0:
-            continue
-        room = (len(sequence.pages) + available) * ledger.page_size - sequence.computed
-        if room <= 0 and not decision.run:
-            # Nothing else moves, so waiting for pages would be for ever.
-            if not make_room(sequence, 1):
+    def go_on(prompts: list[Sequence]) -> None:
+        """Compute a chunk of each, as far as budget and pages go."""
+        nonlocal available, budget
+        if speed is not None and decodes and prompts:
+            budget = min(budget, speed.chunk(len(decodes), budget, prompts[0].computed, stretch))
+        for sequence in prompts:
+            if sequence.request in preempted or budget == 0:
                 continue
             room = (len(sequence.pages) + available) * ledger.page_size - sequence.computed
-        length = min(sequence.remaining, budget, room)
-        if length > 0:
-            available -= ledger.pages_for(sequence.computed + length) - len(sequence.pages)
-            budget -= length
-            decision.run.append((sequence, length))
-            decision.lookahead.append(0)
+            if room <= 0 and not decision.run:
+                # Nothing else moves, so waiting for pages would be for ever.
+                if not make_room(sequence, 1):
+                    continue
+                room = (len(sequence.pages) + available) * ledger.page_size - sequence.computed
+            length = min(sequence.remaining, budget, room)
+            if length > 0:
+                available -= ledger.pages_for(sequence.computed + length) - len(sequence.pages)
+                budget -= length
+                decision.run.append((sequence, length))
+                decision.lookahead.append(0)
 
+    go_on(prefills)
     if waiting and budget and not preempted:
-        _admit(decision, ledger, prefills, waiting, limits.max_running - len(left), available, budget)
+        if speed is not None and decodes and not prefills:
+            budget = min(budget, speed.chunk(len(decodes), budget, stretch=stretch))
+        newcomers = takewhile(lambda sequence: due(sequence) < due(later[0]), waiting) if later else waiting
+        available -= _admit(decision, ledger, prefills + later, newcomers, limits.max_running - len(left), available, budget)
+        budget -= sum(length for _, length in decision.run[-len(decision.start) :]) if decision.start else 0
+    if not (crowded and behind and decision.start):
+        go_on(later)
     return decision
 
 
@@ -191,6 +228,21 @@ def _make_place(ledger: Ledger, running: Series[Sequence], head: Sequence, limit
     return []
 
 
+def _take_turns(decodes: Series[Sequence], most: int, tenants: Tenants | None) -> list[Sequence]:
+    """Those that run in this step when not all can, in their order: as many of each tenant as of any other that has so many, and of each
+    those whose last step was longest ago."""
+    lines: dict[str, list[Sequence]] = {}
+    for sequence in sorted(decodes, key=attrgetter("last_run")):
+        lines.setdefault(sequence.tenant, []).append(sequence)
+    turns = [
+        (place, tenants.served(tenant) if tenants else 0.0, sequence.request)
+        for tenant, line in lines.items()
+        for place, sequence in enumerate(line[:most])
+    ]
+    chosen = {request for _, _, request in sorted(turns)[:most]}
+    return [sequence for sequence in decodes if sequence.request in chosen]
+
+
 def _is_behind(prefills: Series[Sequence], waiting: Iterable[Sequence], decodes: Series[Sequence], tenants: Tenants) -> bool:
     """Whether the next prompt is of a tenant that was served no more than any of those that decode."""
     following = prefills[0] if prefills else next(iter(waiting), None)
@@ -200,40 +252,17 @@ def _is_behind(prefills: Series[Sequence], waiting: Iterable[Sequence], decodes:
     return bool(others) and tenants.served(following.tenant) <= min(map(tenants.served, others))
 
 
-def plan_ahead(ledger: Ledger, rows: Series[Row], running: Series[Sequence], limits: Limits) -> list[int] | None:
-    """Whether what a step in flight runs can go on with one more token each, whatever its result may be; and if so, how many drafts each
-    of its `rows` may have verified (none at all for an empty list).
-
-    `running` are all sequences with pages. None when the next step cannot be known yet: something else than decoding goes on, or pages
-    could run out even if every draft in flight proves right, or every next token is sure to be the last.
-    """
-    if len(rows) != len(running) or not all(map(attrgetter("emits"), rows)):
-        return None
-    if not any(len(row.sequence.tokens) + 1 < row.sequence.limit for row in rows):
-        return None
-    if not limits.drafts and len(rows) <= ledger.available:
-        return []  # whatever happens, none needs more than one page
-    spare = _spare(limits.max_step_tokens, len(rows))
-    drafts, pages = [], 0
-    for row in rows:
-        sequence = row.sequence
-        if len(sequence.tokens) + 1 >= sequence.limit:
-            drafts.append(0)
-            continue
-        lookahead = _lookahead(sequence, spare, 2)
-        drafts.append(lookahead)
-        pages += max(0, ledger.pages_for(row.start + row.length + row.lookahead + 1 + lookahead) - len(sequence.pages))
-    if pages > ledger.available:
-        return None
-    return drafts if any(drafts) else []
+def budget_of_decodes(budget: int) -> int:
+    """What decodes may take of it while others have prompts to compute."""
+    return budget - budget // 4
 
 
-def _spare(budget: int, decodes: int) -> int:
+def spare_for_drafts(budget: int, decodes: int) -> int:
     """Tokens of the budget that each decode may have for drafts."""
     return max(0, budget - decodes) // max(1, decodes)
 
 
-def _lookahead(sequence: Sequence, spare: int, coming: int) -> int:
+def drafts_of(sequence: Sequence, spare: int, coming: int) -> int:
     """Drafts to verify in a step by whose end at least `coming` more tokens will have been emitted."""
     return max(0, min(sequence.lookahead, spare, sequence.limit - len(sequence.tokens) - coming))
 
@@ -246,9 +275,9 @@ def _admit(
     places: int,
     available: int,
     budget: int,
-) -> None:
-    """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out."""
-    size = ledger.page_size
+) -> int:
+    """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out. The pages that they need."""
+    size, taken = ledger.page_size, 0
     for sequence in prefills:
         planned = next((length for other, length in decision.run if other is sequence), 0)
         held = max(len(sequence.pages), ledger.pages_for(sequence.computed + planned))
@@ -260,9 +289,9 @@ def _admit(
     passed_over = 0
     for sequence in waiting:
         if places <= 0 or budget <= 0 or passed_over == MOST_PASSED_OVER:
-            return
+            break
         if sequence.suspect:
-            return  # there was no room for it alone, and in company it must not run
+            break  # there was no room for it alone, and in company it must not run
         path = ledger.match_path(sequence)
         most = sequence.may_match // size
         if len(path) < most and sequence.chain(size)[len(path)] in coming:
@@ -271,8 +300,9 @@ def _admit(
         idle = [node.page for node in path if node.users == leaving[node.page] and node.page not in locked]
         pages = _pages_to_start(ledger, sequence) - len(path) + len(idle)
         if pages > available:
-            return
+            break
         available -= pages
+        taken += pages
         locked.update(idle)
         places -= 1
         length = min(len(sequence.tokens) - len(path) * size, budget)
@@ -281,6 +311,7 @@ def _admit(
         decision.start.append(sequence)
         decision.run.append((sequence, length))
         decision.lookahead.append(0)
+    return taken
 
 
 def _pages_to_start(ledger: Ledger, sequence: Sequence) -> int:

@@ -15,10 +15,9 @@ import heapq
 import logging
 import time
 from bisect import insort
-from collections import Counter
 from dataclasses import replace
 
-from headrace.engine.ledger.ledger import Ended, Ledger, Row
+from headrace.engine.ledger.ledger import Ended, Ledger
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.lifecycle import Drain, Drained, PeerDied, Progress, Restart, Resume
 from headrace.engine.messages.steps import Begin, FromWorker, Hello, Plan, StepResult, WorkerUp
@@ -27,12 +26,14 @@ from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names, worker_names
 from headrace.engine.process import Process, main
 from headrace.engine.scheduler.admission import Admission, Load
+from headrace.engine.scheduler.ahead import plan_ahead
+from headrace.engine.scheduler.delivery import Delivery
 from headrace.engine.scheduler.epoch import Divergence, Epoch
 from headrace.engine.scheduler.journal import Entry, Journal
 from headrace.engine.scheduler.meters import Meters
 from headrace.engine.scheduler.outgoing import Outgoing
 from headrace.engine.scheduler.pace import MOST as MOST_DRAFTS
-from headrace.engine.scheduler.plan import Limits, plan, plan_ahead
+from headrace.engine.scheduler.plan import Limits, plan
 from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.ranks import Ranks
 from headrace.engine.scheduler.speed import Speed
@@ -81,6 +82,9 @@ class Scheduler:
         self._draining = self._drained = False
         self._last_step: float | None = None
         self._meters = Meters(process.metrics)
+        self._delivery = Delivery(
+            self._journal, self._tenants, self._speed, self._admission, self._meters, self._outgoing, self._tokenizers, self._drafts
+        )
         self._timelines = Timelines(config.request_log)
         self._traces = Traces(process.model.name)
         process.progress = self.progress
@@ -123,7 +127,7 @@ class Scheduler:
         if epoch is not None:
             if epoch.in_flight is None and (self._running or self._waiting or self._aborts):
                 self._start_step(epoch)
-            if epoch.in_flight is not None and epoch.ahead is None and not (self._waiting or self._aborts):
+            if epoch.in_flight is not None and epoch.ahead is None and not self._aborts:
                 self._look_ahead(epoch)
         self._outgoing.send_all()
         if self._draining and not self._drained and not len(self._journal):
@@ -265,10 +269,11 @@ class Scheduler:
     def _forget(self, request: int, why: str) -> Entry | None:
         entry = self._journal.close(request)
         if entry is not None:
-            self._tenants.leave(entry.submit.tenant)
+            now = time.monotonic()
+            self._tenants.leave(entry.submit.tenant, now)
             self._meters.ended(why)
-            self._timelines.add(entry, why, time.monotonic())
-            self._traces.add(entry, why, time.monotonic())
+            self._timelines.add(entry, why, now)
+            self._traces.add(entry, why, now)
         return entry
 
     # Steps
@@ -276,7 +281,8 @@ class Scheduler:
     def _start_step(self, epoch: Epoch) -> None:
         """Write the next plan, apply it to the mirror and send it to every rank."""
         ledger = epoch.ledger
-        decision = plan(ledger, self._running, self._waiting, self._limits, self._speed, self._tenants)
+        shared = self._tenants.shared(time.monotonic())
+        decision = plan(ledger, self._running, self._waiting, self._limits, self._speed, self._tenants, shared)
         if not decision.run and not decision.preempt and not self._aborts:
             return
         message = Plan(
@@ -285,7 +291,7 @@ class Scheduler:
             digest=ledger.digest,
             abort=self._aborts,
             preempt=[sequence.request for sequence in decision.preempt],
-            admit=[self._entry(sequence.request).admit() for sequence in decision.start if sequence.request not in ledger.sequences],
+            admit=[self._journal.must_have(one.request).admit() for one in decision.start if one.request not in ledger.sequences],
             run=[sequence.request for sequence, _ in decision.run],
             lengths=[length for _, length in decision.run],
             lookahead=decision.lookahead if any(decision.lookahead) else [],
@@ -307,7 +313,8 @@ class Scheduler:
 
     def _look_ahead(self, epoch: Epoch) -> None:
         """Send the plan after the one in flight, if its result cannot change it."""
-        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._limits)
+        shared = self._tenants.shared(time.monotonic())
+        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._waiting, self._limits, self._speed, self._tenants, shared)
         if lookahead is None:
             return
         epoch.ahead = Plan(epoch.number, epoch.ledger.step + 1, 0, [], [], [], [], [], ahead=True, lookahead=lookahead)
@@ -316,11 +323,11 @@ class Scheduler:
 
     def _fly(self, epoch: Epoch, message: Plan) -> None:
         epoch.fly(message)
-        self._meters.step_tokens.observe(sum([row.length for row in epoch.rows]))
+        self._meters.step_tokens.observe(len(epoch.rows) if message.ahead else sum(message.lengths))
 
     def _started(self, sequence: Sequence, queued: Sequence, now: float) -> None:
         """A waiting request has its pages. The ledger's sequence takes over what the scheduler noted on the queued one."""
-        entry = self._entry(sequence.request)
+        entry = self._journal.must_have(sequence.request)
         entry.sequence = sequence
         sequence.priority, sequence.tenant, sequence.arrived = queued.priority, queued.tenant, queued.arrived
         sequence.suspect = entry.suspect
@@ -340,7 +347,7 @@ class Scheduler:
         gone = {sequence.request for sequence in victims}
         self._running = [sequence for sequence in self._running if sequence.request not in gone]
         for sequence in victims:
-            self._entry(sequence.request).preemptions += 1
+            self._journal.must_have(sequence.request).preemptions += 1
             self._waiting.add(sequence)
         self._meters.preemptions.add(len(victims))
 
@@ -351,99 +358,27 @@ class Scheduler:
             return
         try:
             for step, ended, rows in epoch.land(result):
-                self._outgoing.step = step.step
                 self._last_step = now = time.monotonic()
-                self._meters.step(step)
-                self._account(step, rows, now)
-                if self._drafts:
-                    self._count_drafts(step, epoch.ledger)
-                self._hand_out(step, rows, {end.sequence.request: end for end in ended}, now)
+                # Only where requests were cancelled may any of the rows' be over.
+                self._delivery.take(step, rows, epoch.ledger, now, cancelled=bool(self._aborts))
+                if ended:
+                    self._end({end.sequence.request: end for end in ended}, now)
         except Divergence as divergence:
             self._diverged(str(divergence))
 
-    def _account(self, result: StepResult, rows: list[Row], now: float) -> None:
-        """Note whom the step served, and how long that took."""
-        chunks = [row for row in rows if row.start < row.sequence.prompt]
-        chunk = 0
-        for row in chunks:
-            sequence = row.sequence
-            chunk += row.length
-            self._tenants.charge(sequence.tenant, row.length, 0)
-            if entry := self._running_entry(sequence.request):
-                entry.chunks += 1
-                if row.emits and entry.first_token is None:
-                    entry.first_token = now
-        decodes = len(rows) - len(chunks)
-        self._speed.observe(decodes, [(row.length, row.start) for row in chunks], result.times.total * 1e-9)
-        self._admission.work.add(decodes + chunk, now)
-        if len(rows) == 1 and rows[0].sequence.suspect and (entry := self._running_entry(rows[0].sequence.request)):
-            # Suspects run alone, and one that is past where it was is cleared.
-            rows[0].sequence.suspect = entry.suspect
-
-    def _count_drafts(self, result: StepResult, ledger: Ledger) -> None:
-        """Learn from what became of the drafts how many to ask for."""
-        for request, count, drafted in zip(result.requests, result.counts, result.drafted or [0] * len(result.counts), strict=True):
-            accepted = max(0, count - 1)
-            self._meters.drafts(drafted, accepted)
-            if entry := self._running_entry(request):
-                entry.pace.verified(drafted, accepted)
-                if sequence := ledger.sequences.get(request):
-                    sequence.lookahead = entry.pace.lookahead
-
-    def _hand_out(self, result: StepResult, rows: list[Row], ended: dict[int, Ended], now: float) -> None:
-        """Tell the tokenizers what their requests emitted. The mirror has committed it already."""
-        told = [row for row in rows if row.emits]
-        if self._aborts:  # only then may any of them be over
-            told = [row for row in told if self._running_entry(row.sequence.request)]
-        one_each = result.counts.count(1) == len(result.counts)
-        if one_each and told and not self._aborts and len(self._tokenizers) == 1:
-            # As most steps of most engines: the result's own columns.
-            (receiver,) = self._tokenizers
-            self._outgoing.add_step(receiver, result, told)
-        else:
-            for row in told:
-                sequence, known = row.sequence, row.start + row.length
-                receiver = self._entry(sequence.request).reply_to
-                self._outgoing.add(receiver, sequence.request, known - sequence.prompt, sequence.tokens[known:])
-        if one_each and self._tenants.live == 1 and told:
-            served = {told[0].sequence.tenant: len(told)}
-        else:
-            served = Counter()
-            for row in told:
-                served[row.sequence.tenant] += len(row.sequence.tokens) - row.start - row.length
-        for tenant, taken in served.items():
-            self._meters.emitted_tokens.add(taken)
-            self._tenants.charge(tenant, 0, taken)
-        for scores in result.logprobs:
-            if entry := self._running_entry(scores.request):
-                entry.logprobs.append(scores)
-                self._outgoing.to(entry.reply_to).logprobs.append(scores)
-        for scores in result.prompt_logprobs:
-            if entry := self._running_entry(scores.request):
-                entry.prompt_logprobs.append(scores)
-                self._outgoing.to(entry.reply_to).prompt_logprobs.append(scores)
-        if ended:
-            for request, end in ended.items():
-                if self._running_entry(request) and (entry := self._forget(request, end.reason)):
-                    if end.reason == "error":
-                        self._tell_failure(entry, 500, "invalid_logits", NO_LOGITS)
-                    else:
-                        self._tell_end(entry, entry.end(end.reason, now))
-            self._running = [sequence for sequence in self._running if sequence.request not in ended]
-            self._admission.finishes.add(len(ended), now)
+    def _end(self, ended: dict[int, Ended], now: float) -> None:
+        """The last words on requests that a step has ended."""
+        for request, end in ended.items():
+            if self._journal.running(request) and (entry := self._forget(request, end.reason)):
+                if end.reason == "error":
+                    self._tell_failure(entry, 500, "invalid_logits", NO_LOGITS)
+                else:
+                    self._tell_end(entry, entry.end(end.reason, now))
+        self._running = [sequence for sequence in self._running if sequence.request not in ended]
+        self._admission.finishes.add(len(ended), now)
 
     def _tell_end(self, entry: Entry, end: TokenEnd) -> None:
         self._outgoing.to(entry.reply_to).ends.append(end)
-
-    def _running_entry(self, request: int) -> Entry | None:
-        """The entry of a request that a step has run. None if it is over, be it that it has been submitted again since."""
-        entry = self._journal.get(request)
-        return entry if entry is not None and entry.sequence is not None else None
-
-    def _entry(self, request: int) -> Entry:
-        entry = self._journal.get(request)
-        assert entry is not None, f"request {request:x} runs without a journal entry"
-        return entry
 
     # Epochs
 

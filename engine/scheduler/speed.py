@@ -8,9 +8,12 @@ A request that decodes sees each step as the pause before its next token. A chun
 
 Every token of a chunk attends to all places before it, so deep in a long prompt a chunk of the same size takes many times as long; and
 the keys and values of these places must be read once, however few the tokens are. `token` and `place` are seconds, learnt from the steps
-that were measured, so they follow the machine and the model. Called by the scheduler after each step, and by `plan`.
+that were measured, so they follow the machine and the model. Where tenants share the engine, decodes are limited as well: whoever comes
+waits for the step under way, however many others are decoding. Called by the scheduler after each step, and by `plan`.
 """
 
+import math
+import sys
 from collections.abc import Iterable
 
 STRETCH = 1.6
@@ -27,6 +30,9 @@ READ = 4
 _NEWEST = 0.2
 """Weight of the newest measurement."""
 
+_FRESH = 500
+"""Steps after which a measurement bounds no decodes any more: the machine may be busy with less, or with more, by then."""
+
 _PLACES = 1000
 """Places by a thousand, so that both of what is learnt are of one order."""
 
@@ -34,8 +40,10 @@ _PLACES = 1000
 class Speed:
     def __init__(self, target_s: float) -> None:
         self._target = target_s
-        self._decodes: dict[int, float] = {}
-        """Seconds of a step of decodes alone, by the bit length of their number."""
+        self._decodes: dict[int, tuple[float, float, int]] = {}
+        """Steps of decodes alone, by the bit length of their number: how many they were and seconds, both on average, and which of all
+        measured steps was the last."""
+        self._steps = 0
         self._token = 0.0
         """Seconds that a token of a chunk adds to a step, what it attends to aside; 0 before the first was measured."""
         self._place = 0.0
@@ -43,14 +51,15 @@ class Speed:
 
     def observe(self, decodes: int, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step of so many decodes, and of other rows (tokens, places before them), took `seconds`."""
+        self._steps += 1
         tokens = places = 0.0
         for length, context in chunks:
             tokens += length
             places += ((length + READ) * context + length * length / 2) / _PLACES
         if not tokens:
             size = decodes.bit_length()
-            known = self._decodes.get(size, seconds)
-            self._decodes[size] = known + _NEWEST * (seconds - known)
+            number, known, _ = self._decodes.get(size, (decodes, seconds, 0))
+            self._decodes[size] = number + _NEWEST * (decodes - number), known + _NEWEST * (seconds - known), self._steps
             return
         took = max(0.0, seconds - self._of_decodes(decodes))
         if not self._token:
@@ -61,14 +70,34 @@ class Speed:
         self._token = max(self._token / 2, self._token + share * tokens)
         self._place = max(0.0, self._place + share * places)
 
-    def chunk(self, decodes: int, most: int, context: int = 0) -> int:
-        """Tokens of a chunk behind so many places that may run beside so many decodes, up to `most`."""
+    def chunk(self, decodes: int, most: int, context: int = 0, stretch: float = 1.0) -> int:
+        """Tokens of a chunk behind so many places that may run beside so many decodes, up to `most`. `stretch` is how many times the target
+        the step may take."""
         if not decodes or not self._token:
             return most
         alone = self._of_decodes(decodes)
-        left = max(self._target, STRETCH * alone) - alone
+        left = max(stretch * self._target, STRETCH * alone) - alone
         place = self._place * context / _PLACES
         return min(most, max(LEAST, int((left - READ * place) / (self._token + place))))
+
+    def decodes(self, share: float) -> int:
+        """How many decodes alone take such a share of the target, or of what a step takes by itself, where that is more: with big models
+        few decodes take hardly longer than one. At least one, and no more than twice of what was measured to take less, so that the bound
+        is approached in steps that show how far it is. No bound before any was measured."""
+        points = sorted((number, seconds) for number, seconds, step in self._decodes.values() if self._steps - step < _FRESH)
+        if not points:
+            return sys.maxsize
+        wanted = max(share * self._target, (1 + share) * _at_rest(points))
+        below = max((place for place, (_, seconds) in enumerate(points) if seconds <= wanted), default=None)
+        if below is None:
+            number, seconds = points[0]
+            return max(1, int(number * wanted / seconds))
+        number, seconds = points[below]
+        if below + 1 == len(points):
+            return max(1, int(2 * number))
+        more, longer = points[below + 1]
+        # Rounded up, so that what is thought of longer steps is tried again.
+        return math.ceil(number + (more - number) * (wanted - seconds) / (longer - seconds))
 
     def _of_decodes(self, decodes: int) -> float:
         """A step of so many decodes alone: as measured, or as the nearest smaller number was."""
@@ -76,4 +105,13 @@ class Speed:
             return 0.0
         size = decodes.bit_length()
         near = max((other for other in self._decodes if other <= size), default=min(self._decodes, default=size))
-        return self._decodes.get(near, 0.0)
+        return self._decodes.get(near, (0.0, 0.0, 0))[1]
+
+
+def _at_rest(points: list[tuple[float, float]]) -> float:
+    """Seconds that a step takes however few decodes there are: on the line through its two smallest numbers."""
+    number, seconds = points[0]
+    if len(points) == 1:
+        return seconds if number < 2 else 0.0
+    more, longer = points[1]
+    return min(seconds, max(0.0, seconds - number * (longer - seconds) / (more - number)))

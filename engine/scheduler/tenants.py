@@ -5,6 +5,8 @@ tenant each gets its share however many requests another sends, and with one ten
 bring along what it did not use: its counter is lifted to the lowest of those that have requests.
 """
 
+EXPECTED_S = 30.0
+"""For so long after its last request a tenant counts as one that may send another."""
 PROMPT_TOKEN = 1.0
 EMITTED_TOKEN = 2.0
 """What a token counts. Emitted ones cost a step each; these are the paper's weights."""
@@ -17,11 +19,19 @@ class Tenants:
         self._served: dict[str, float] = {}
         self._live: dict[str, int] = {}
         """Requests of each tenant that has some."""
+        self._left: dict[str, float] = {}
+        """When the last one of each other tenant was over, monotonic seconds, the latest at the end."""
 
     @property
     def live(self) -> int:
         """Tenants with requests."""
         return len(self._live)
+
+    def shared(self, now: float) -> bool:
+        """Whether a tenant that has requests shares the engine with another, be it one that may come back at any moment."""
+        if not self._live or not self._left:
+            return len(self._live) > 1
+        return len(self._live) > 1 or now - next(reversed(self._left.values())) < EXPECTED_S
 
     def served(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
@@ -32,13 +42,15 @@ class Tenants:
             least = min((self._served[other] for other in self._live), default=0.0)
             self._served[tenant] = max(self.served(tenant), least)
             self._live[tenant] = 0
+            self._left.pop(tenant, None)
         self._live[tenant] += 1
 
-    def leave(self, tenant: str) -> None:
+    def leave(self, tenant: str, now: float) -> None:
         """A request of `tenant` is over."""
         self._live[tenant] -= 1
         if not self._live[tenant]:
             del self._live[tenant]
+            self._left[tenant] = now
             if not self._live:
                 self._served.clear()
 

@@ -4,54 +4,52 @@
     starvation   a long prompt arrives among 16 decoding streams: what their inter-token latency does, and its own time to the first token
     flood        one tenant sends hundreds of requests at once: another tenant's time to the first token, beside that of an idle engine
     overload     ten times as many requests as the engine can serve: what still gets done, how soon the others are told
+    restart      the worker is killed while it serves: how soon the stream that it ran goes on
     soak         random load with a fifth of it aborted: memory and pages, from the end of the warm-up on
 
-The load comes from this process, on the same cores. Times are a client's, over HTTP. All of it goes into one JSON file.
+The load comes from this process, on the same cores, over connections that cost it little (`headrace.client.bench.wire`); its share of them
+is in the results. Times are a client's, over HTTP. All of it goes into one JSON file.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
+import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import uvloop
-from processes import Engine, engine, parse, shares
+from processes import Engine, engine, name_of, parse, shares, tree
 
-from headrace.client import AsyncClient
 from headrace.client.bench.corpus import load_words
 from headrace.client.bench.machine import facts
-from headrace.client.errors import ClientError, RateLimited
+from headrace.client.bench.wire import Pool, Sample, request_bytes
+from headrace.client.calls import Server
 
 SERVE = "import sys; from headrace.engine.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 ONE, OTHER = "tenant-one", "tenant-other"
 STREAMS = 16
-MIB = 1 << 20
+TIMEOUT_S = 600.0
+REFUSED = "http 429"
 
 
-@dataclass
-class Stream:
-    """When its tokens came, in seconds of this process's clock."""
+def first_s(sample: Sample) -> float:
+    """The time to the first token."""
+    return sample.times[0] - sample.sent
 
-    sent: float
-    at: list[float] = field(default_factory=list)
-    tokens: int = 0
-    error: str | None = None
 
-    @property
-    def first_s(self) -> float:
-        return self.at[0] - self.sent
-
-    def gaps(self, since: float, until: float) -> list[float]:
-        """Between two steps that both fall into the time."""
-        return [b - a for a, b in zip(self.at, self.at[1:], strict=False) if since <= a and b <= until]
+def gaps(sample: Sample, since: float, until: float) -> list[float]:
+    """Seconds between two steps that both fall into the time."""
+    return [b - a for a, b in pairwise(sample.times) if since <= a and b <= until]
 
 
 class Load:
@@ -61,28 +59,20 @@ class Load:
         self.running = running
         self.words = load_words(None)
         self.dice = random.Random(seed)
-        self.clients = {key: AsyncClient(running.address, api_key=key, retries=0) for key in (ONE, OTHER)}
+        self.pools = {key: Pool(Server.parse(running.address, key), TIMEOUT_S) for key in (ONE, OTHER)}
 
     def prompt(self, words: int) -> str:
         start = self.dice.randrange(max(1, len(self.words) - words))
         return f"{self.dice.randrange(1 << 30)} {' '.join(self.words[start : start + words])}"
 
-    async def stream(self, prompt: str, tokens: int, key: str = ONE, stream: Stream | None = None, **parameters: Any) -> Stream:
-        """One request to its end."""
-        one = stream or Stream(0.0)
-        one.sent = time.perf_counter()
-        options = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True} | parameters
-        try:
-            async with await self.clients[key].complete_stream(**options) as chunks:
-                async for chunk in chunks:
-                    if any(choice.text or choice.finish_reason for choice in chunk.choices):
-                        one.at.append(time.perf_counter())
-                        one.tokens += 1
-        except ClientError as error:
-            one.error = f"{type(error).__name__}: {error}"
-            if isinstance(error, RateLimited):
-                one.error = "refused"
-        return one
+    async def stream(
+        self, prompt: str, tokens: int, key: str = ONE, sample: Sample | None = None, due: float | None = None, temperature: float = 0
+    ) -> Sample:
+        """One request to its end. Its times count from when it was `due`, where that was before now."""
+        sample, pool = sample or Sample(tokens), self.pools[key]
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": temperature, "ignore_eos": True, "stream": True}
+        await pool.send(request_bytes(pool.server, "POST", "/v1/completions", msgspec.json.encode(body)), sample, due)
+        return sample
 
     async def metric(self, name: str) -> float:
         """The sum of all series of that name."""
@@ -90,9 +80,9 @@ class Load:
         lines = (line for line in page.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
-    async def close(self) -> None:
-        for client in self.clients.values():
-            await client.close()
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.close()
 
 
 def _page(url: str) -> str:
@@ -104,21 +94,21 @@ def _page(url: str) -> str:
 
 async def starvation(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     prompt = lambda: load.prompt(arguments.long_words)  # noqa: E731
-    alone = [(await load.stream(prompt(), 1)).first_s for _ in range(3)]
-    others = [Stream(0.0) for _ in range(STREAMS)]
-    tasks = [asyncio.create_task(load.stream(load.prompt(20), arguments.decode_tokens, stream=one)) for one in others]
-    while any(len(one.at) < 20 for one in others):
+    alone = [first_s(await load.stream(prompt(), 1)) for _ in range(3)]
+    others = [Sample() for _ in range(STREAMS)]
+    tasks = [asyncio.create_task(load.stream(load.prompt(20), arguments.decode_tokens, sample=one)) for one in others]
+    while any(len(one.times) < 20 for one in others):
         await asyncio.sleep(0.05)
     calm_from = time.perf_counter()
     await asyncio.sleep(arguments.calm_s)
     calm_to = time.perf_counter()
     long = await load.stream(prompt(), 1)
-    arrived, done = long.sent, long.at[0]
-    calm = [gap for one in others for gap in one.gaps(calm_from, calm_to)]
-    beside = [gap for one in others for gap in one.gaps(arrived, done)]
-    still = sum(bool(one.at) and one.at[-1] > done - 1 for one in others)
+    arrived, done = long.sent, long.times[0]
+    calm = [gap for one in others for gap in gaps(one, calm_from, calm_to)]
+    beside = [gap for one in others for gap in gaps(one, arrived, done)]
+    still = sum(bool(one.times) and one.times[-1] > done - 1 for one in others)
     # What the others got done meanwhile would have taken this long by itself.
-    decoded = sum(arrived <= at <= done for one in others for at in one.at)
+    decoded = sum(arrived <= at <= done for one in others for at in one.times)
     steps_s = statistics.mean(calm) * decoded / STREAMS
     for task in tasks:
         task.cancel()
@@ -130,9 +120,9 @@ async def starvation(load: Load, arguments: argparse.Namespace) -> dict[str, Any
         "itl_ms_p99_beside": 1e3 * quantile(beside, 0.99),
         "itl_p99_rises": quantile(beside, 0.99) / quantile(calm, 0.99),
         "ttft_s_alone": statistics.median(alone),
-        "ttft_s_beside": long.first_s,
+        "ttft_s_beside": first_s(long),
         "decoding_s_meanwhile": steps_s,
-        "ttft_over_all_work": long.first_s / (statistics.median(alone) + steps_s),
+        "ttft_over_all_work": first_s(long) / (statistics.median(alone) + steps_s),
         "streams_still_decoding": still,
     }
 
@@ -141,7 +131,7 @@ async def flood(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     async def probe(count: int) -> list[float]:
         found = []
         for _ in range(count):
-            found.append((await load.stream(load.prompt(40), 8, OTHER)).first_s)
+            found.append(first_s(await load.stream(load.prompt(40), 8, OTHER)))
             await asyncio.sleep(0.3)
         return found
 
@@ -152,7 +142,7 @@ async def flood(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     flooded = await probe(8)
     waiting = await load.metric("headrace_requests_waiting") + await load.metric("headrace_requests_running")
     results = await asyncio.gather(*tasks)
-    own = [one.first_s for one in results if one.at]
+    own = [first_s(one) for one in results if one.times]
     return {
         "requests_of_the_flood": arguments.flood,
         "of_them_left_at_the_last_probe": waiting,
@@ -176,7 +166,7 @@ async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
             nonlocal done
             while time.perf_counter() < until:
                 one = await load.stream(load.prompt(words), tokens)
-                done += sum(at <= until for at in one.at)
+                done += sum(at <= until for at in one.times)
 
         await asyncio.gather(*(client() for _ in range(streams)))
         return done / seconds
@@ -187,23 +177,19 @@ async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
     before, own_before = load.running.usage(), time.process_time()
     begun = time.perf_counter()
     ends = begun + arguments.seconds
-    results: list[tuple[Stream, float]] = []
     tasks = []
-
-    async def one() -> None:
-        stream = await load.stream(load.prompt(words), tokens)
-        results.append((stream, time.perf_counter()))
-
     while (now := time.perf_counter()) < ends:
-        tasks.append(asyncio.create_task(one()))
-        await asyncio.sleep(max(0.0, begun + len(tasks) / rate - now))
+        due = begun + len(tasks) / rate
+        if now < due:
+            await asyncio.sleep(due - now)
+        tasks.append(asyncio.create_task(load.stream(load.prompt(words), tokens, due=due)))
     cores = shares(before, load.running.usage(), arguments.seconds)
     cores["load generator"] = round((time.process_time() - own_before) / arguments.seconds, 4)
-    await asyncio.gather(*tasks)
-    served = [stream for stream, _ in results if not stream.error]
-    refused = [1e3 * (at - stream.sent) for stream, at in results if stream.error == "refused"]
+    results = await asyncio.gather(*tasks)
+    served = [one for one in results if not one.error]
+    refused = [1e3 * (one.ended - one.sent) for one in results if one.error == REFUSED]
     # Whole answers count, by the time between the first second, in which the engine fills, and the last request's arrival.
-    good = sum(begun + 2 <= at <= ends for stream in served for at in stream.at) / (arguments.seconds - 2)
+    good = sum(begun + 2 <= at <= ends for one in served for at in one.times) / (arguments.seconds - 2)
     return {
         "peak_tok_s": peak,
         "offered_requests_s": len(results) / arguments.seconds,
@@ -214,8 +200,37 @@ async def overload(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
         "refused": len(refused),
         "refused_ms_p50": quantile(refused, 0.5) if refused else None,
         "refused_ms_p99": quantile(refused, 0.99) if refused else None,
-        "other_errors": dict(Counter(stream.error for stream, _ in results if stream.error not in (None, "refused"))),
+        "other_errors": dict(Counter(one.error for one in results if one.error not in (None, REFUSED))),
     }
+
+
+async def restart(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
+    sample, found = Sample(), []
+    task = asyncio.create_task(load.stream(load.prompt(20), arguments.decode_tokens, sample=sample))
+
+    async def comes(more: Callable[[], bool]) -> None:
+        while not more():
+            if task.done():
+                raise SystemExit(f"the stream ended before its time: {sample.error}")
+            await asyncio.sleep(0.005)
+
+    for killed in range(arguments.kills):
+        seen = len(sample.times)
+        await comes(lambda seen=seen: len(sample.times) > seen + 20)
+        pid = next(pid for pid in tree(load.running.supervisor.pid) if name_of(pid) == "worker-0")
+        os.kill(pid, signal.SIGKILL)
+        at = time.perf_counter()
+        while await load.metric("headrace_recovery_seconds_count") <= killed:
+            await asyncio.sleep(0.02)
+        back = time.perf_counter()
+        await comes(lambda back=back: sample.times[-1] > back)
+        # What had been sent may come for a moment. Then there is a gap.
+        after = [one for one in sample.times if one >= at]
+        found.append(max(pairwise([at, *after]), key=lambda pair: pair[1] - pair[0])[1] - at)
+    recovered = await load.metric("headrace_recovery_seconds_sum") / await load.metric("headrace_recovery_seconds_count")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return {"kills": arguments.kills, "next_token_s": found, "next_token_s_max": max(found), "process_is_back_s_mean": recovered}
 
 
 async def soak(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -228,9 +243,8 @@ async def soak(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
         while time.perf_counter() < ends:
             tokens, words = load.dice.randrange(1, 120), int(load.dice.expovariate(1 / 60)) + 1
             prompt = load.prompt(words) if load.dice.random() < 0.7 else " ".join(load.words[: words + 50])
-            request = asyncio.create_task(
-                load.stream(prompt, tokens, load.dice.choice((ONE, OTHER)), temperature=load.dice.choice((0, 1.0)))
-            )
+            key, temperature = load.dice.choice((ONE, OTHER)), load.dice.choice((0.0, 1.0))
+            request = asyncio.create_task(load.stream(prompt, tokens, key, temperature=temperature))
             if load.dice.random() < 0.2:
                 done, _ = await asyncio.wait({request}, timeout=load.dice.random() * 2)
                 if not done:
@@ -279,13 +293,14 @@ async def _idle_pages(load: Load) -> float:
     )
 
 
-MEASURES = {"starvation": starvation, "flood": flood, "overload": overload, "soak": soak}
+MEASURES = {"starvation": starvation, "flood": flood, "overload": overload, "restart": restart, "soak": soak}
 GOALS = {
     ("starvation", "itl_p99_rises"): 2.0,
     ("starvation", "ttft_over_all_work"): 1.3,
     ("flood", "ttft_rises"): 2.0,
     ("overload", "goodput_of_peak"): -0.9,  # at least
     ("overload", "refused_ms_p99"): 50.0,
+    ("restart", "next_token_s_max"): 1.0,
     ("soak", "growth"): 0.02,
     ("soak", "pages_in_use_at_the_end"): 0.0,
 }
@@ -302,7 +317,7 @@ async def measure(running: Engine, arguments: argparse.Namespace) -> dict[str, d
     for name in arguments.measure:
         load = Load(running, arguments.seed)
         found[name] = await MEASURES[name](load, arguments)
-        await load.close()
+        load.close()
         print(f"{name}: {json.dumps(found[name], default=str)}", flush=True)
     return found
 
@@ -312,6 +327,7 @@ def main() -> int:
     parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload (default: 60)")
     parser.add_argument("--soak", type=float, default=1800.0, metavar="SECONDS", help="of soaking (default: 1800)")
+    parser.add_argument("--kills", type=int, default=5, metavar="N", help="of the worker, by restart (default: 5, what a minute may have)")
     parser.add_argument("--flood", type=int, default=500, metavar="REQUESTS", help="default: 500")
     parser.add_argument(
         "--long-words", type=int, default=5600, metavar="N", help="words of the long prompt (default: 5600, about 8,000 tokens)"

@@ -1,6 +1,7 @@
 """The load generator against a server whose every answer is known."""
 
 import argparse
+import asyncio
 import json
 import signal
 import socket
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from headrace.client import bench
 from headrace.client.bench.options import WORKLOADS, Options, from_arguments
 from headrace.client.bench.report import Report, spread
-from headrace.client.bench.wire import Connection, Sample
+from headrace.client.bench.wire import Connection, Pool, Sample, request_bytes
 from headrace.client.calls import Server
 from headrace.engine.errors import UserError
 from tests.client.fake_server import TEMPLATE_TOKENS, Behaviour, serving
@@ -174,6 +175,31 @@ def test_a_silent_server_is_a_timeout() -> None:
         server.behaviour.token_delay_s = 0.05
         report = bench.bench(options)
     assert report.errors == {"timeout": 2}
+
+
+def test_a_request_that_is_given_up_closes_its_connection() -> None:
+    hung_up = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        assert await reader.read() == b""
+        hung_up.set()
+        writer.close()
+
+    async def give_up() -> None:
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        server = Server.parse(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", None)
+        pool, sample = Pool(server, 60.0), Sample()
+        request = asyncio.create_task(pool.send(request_bytes(server, "GET", "/"), sample))
+        await asyncio.wait_for(asked.wait(), 10)
+        request.cancel()
+        await asyncio.wait_for(hung_up.wait(), 10)
+        assert sample.error == "cancelled"
+        listening.close()
+
+    asked = asyncio.Event()
+    asyncio.run(give_up())
 
 
 def test_ctrl_c_is_one_line_and_saves_nothing(tmp_path: Path) -> None:

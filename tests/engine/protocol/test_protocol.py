@@ -184,13 +184,13 @@ def test_a_ledger_with_a_fault_is_found_out(ledger):
 
 
 def results_count_twice(monkeypatch):
-    hand_out = Scheduler._hand_out
+    take = Scheduler._take_result
 
-    def twice(self, *arguments):
-        hand_out(self, *arguments)
-        hand_out(self, *arguments)
+    def twice(self, result):
+        take(self, result)
+        take(self, result)
 
-    monkeypatch.setattr(Scheduler, "_hand_out", twice)
+    monkeypatch.setattr(Scheduler, "_take_result", twice)
 
 
 def old_epochs_are_not_told_apart(monkeypatch):

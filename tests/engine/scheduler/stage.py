@@ -76,6 +76,8 @@ class Stage:
         self.config = Config(**settings)
         self._run_dir = run_dir
         self._incarnation = 0
+        self._settled = asyncio.Event()
+        """Set whenever the scheduler has done what it was told to."""
         self.tokenizer = TokenizerPart()
         self.supervisor = Recorder()
         self._actors: dict[str, tuple[Process, Mailbox, object]] = {}
@@ -120,17 +122,10 @@ class Stage:
 
     async def all_landed(self, scheduler: Scheduler, timeout: float = 10.0) -> None:
         """Wait until no rank owes a result: only then are all ledgers of the same step. The last end may come before that."""
-        landed, settle = asyncio.Event(), scheduler.settle
-
-        def noted() -> None:
-            settle()
-            if scheduler.progress().owed_s is None:
-                landed.set()
-
-        scheduler.settle = noted
-        noted()
         async with asyncio.timeout(timeout):
-            await landed.wait()
+            while scheduler.progress().owed_s is not None:
+                self._settled.clear()
+                await self._settled.wait()
 
     def close(self) -> None:
         for process, mailbox, _ in self._actors.values():
@@ -144,6 +139,14 @@ class Stage:
         process = Process(self._run_dir, name, self._incarnation, EngineSpec(self.config, MODEL))
         mailbox = Mailbox(process.context, process.address(name), union | ToChild)
         actor = build(process)
+        if isinstance(actor, Scheduler):
+            settle = actor.settle
+
+            def noted() -> None:
+                settle()
+                self._settled.set()
+
+            actor.settle = noted
         mailbox.open(actor)
         self._actors[name] = (process, mailbox, actor)
         return actor

@@ -3,16 +3,19 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.engine.ledger.ledger import Ledger
+from headrace.engine.ledger.ledger import Ledger, Row
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult, StepTimes
+from headrace.engine.scheduler.ahead import plan_ahead
 from headrace.engine.scheduler.plan import Decision, Limits, plan
 from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.speed import Speed
 from headrace.engine.scheduler.tenants import Tenants
 
 PAGE = 4
+STEP_S, DECODE_S, TOKEN_S = 0.006, 0.0022, 0.0005
+"""How long steps take on a machine that is as fast as some tests need to know: at all, and more for each decode or token of a chunk."""
 
 
 class Trace:
@@ -24,6 +27,8 @@ class Trace:
         self.lookahead = lookahead
         self.tenants = Tenants()
         self.speed: Speed | None = None
+        self.shared = False
+        """Whether another tenant may come at any moment."""
         self.running: list[Sequence] = []
         self.waiting = Queue(self.tenants)
         self.admits: dict[int, Admit] = {}
@@ -31,6 +36,8 @@ class Trace:
         self.aborts: list[int] = []
         self.finished: dict[int, list[int]] = {}
         self.steps = 0
+        self.ahead = 0
+        """Steps whose successor was known before their result."""
 
     def submit(self, request: int, prompt: list[int], max_tokens: int, tenant: str = "", priority: int = 0, suspect: bool = False) -> None:
         admit = Admit(request, prompt, [], Sampling(max_tokens=max_tokens), request)
@@ -50,10 +57,10 @@ class Trace:
 
     def leave(self, request: int) -> None:
         if self.admits.pop(request, None):
-            self.tenants.leave(self.tenant_of[request])
+            self.tenants.leave(self.tenant_of[request], 0.0)
 
     def decide(self) -> Decision:
-        return plan(self.ledger, self.running, self.waiting, self.limits, self.speed, self.tenants)
+        return plan(self.ledger, self.running, self.waiting, self.limits, self.speed, self.tenants, self.shared)
 
     def step(self) -> Decision:
         ledger = self.ledger
@@ -86,6 +93,7 @@ class Trace:
         self.running.sort(key=lambda s: (s.priority, s.arrived))
         assert len(self.running) <= self.limits.max_running
         assert len(rows) == 1 or not any(row.sequence.suspect for row in rows)
+        ahead = plan_ahead(ledger, rows, self.running, self.waiting, self.limits, self.speed, self.tenants, self.shared)
         for row in rows:
             self.tenants.charge(row.sequence.tenant, row.length, 0)
         emitting = [row for row in rows if row.emits]
@@ -99,7 +107,15 @@ class Trace:
         times = StepTimes(0, 0, 0, 0)
         requests = [row.sequence.request for row in emitting]
         result = StepResult(1, ledger.step, 0, ledger.digest, requests, counts, tokens, [], [], times)
-        for end in ledger.commit(result):
+        ended = ledger.commit(result)
+        if ahead is not None:
+            self.ahead += 1
+            if not ended:
+                # What was sent before the result was known is what would be sent now.
+                after = self.decide()
+                assert not after.start and not after.preempt
+                assert {(s.request, length) for s, length in after.run} == {(row.sequence.request, 1) for row in rows}
+        for end in ended:
             sequence = end.sequence
             self.finished[sequence.request] = sequence.tokens[sequence.prompt :]
             self.running.remove(sequence)
@@ -107,8 +123,29 @@ class Trace:
         for row in emitting:
             row.sequence.suspect = False
         ledger.check()
+        if self.shared and self.speed is not None:
+            chunks = [row for row in rows if row.start < row.sequence.prompt]
+            self.speed.observe(len(rows) - len(chunks), [(row.length, row.start) for row in chunks], seconds_of(rows))
         self.steps += 1
         return decision
+
+
+def seconds_of(rows: list[Row]) -> float:
+    chunk = sum(row.length for row in rows if row.start < row.sequence.prompt)
+    return STEP_S + DECODE_S * sum(row.start >= row.sequence.prompt for row in rows) + TOKEN_S * chunk
+
+
+def flooded(running: int, prompt: int = 1) -> Trace:
+    """Many requests of one tenant decode, while another may come."""
+    trace = Trace(4096, Limits(256, 256))
+    trace.speed, trace.shared = Speed(0.05), True
+    for request in range(1, running + 1):
+        trace.submit(request, [request] * prompt, 500, tenant="many")
+    while trace.waiting or any(sequence.remaining > 1 for sequence in trace.running):
+        trace.step()
+    for _ in range(40):
+        trace.step()
+    return trace
 
 
 def test_decodes_come_before_prefill_chunks_and_newcomers():
@@ -282,6 +319,29 @@ def test_a_prompt_of_a_tenant_that_got_less_takes_most_of_the_budget():
     assert len(first) == 4
 
 
+def test_a_queue_without_a_place_does_not_keep_the_next_plan_from_being_known():
+    trace = Trace(256, Limits(2, 16))
+    for request in range(1, 5):
+        trace.submit(request, [request], 10)
+    while trace.running or trace.waiting:
+        trace.step()
+    assert trace.steps == 20
+    assert trace.ahead == 18, "but not before the ends, when the next two start, and when nobody is left"
+
+
+def test_a_waiting_tenant_that_may_be_given_a_place_keeps_the_next_plan_open():
+    trace = Trace(256, Limits(2, 16))
+    for request in range(1, 4):
+        trace.submit(request, [request], 10, tenant="many")
+    trace.step()
+    trace.step()
+    trace.submit(50, [50], 10, tenant="few")
+    ahead = trace.ahead
+    started = [sequence.request for _ in range(2) for sequence in trace.step().start]
+    assert started == [50]
+    assert trace.ahead == ahead
+
+
 def test_chunks_beside_decodes_are_as_long_as_the_measured_pause_allows():
     trace = Trace(1024, Limits(64, 256))
     trace.speed = Speed(0.05)
@@ -297,6 +357,54 @@ def test_chunks_beside_decodes_are_as_long_as_the_measured_pause_allows():
     assert [length for _, length in trace.step().run][1] < 40
 
 
+def test_where_tenants_share_the_engine_steps_are_short_and_decodes_take_turns():
+    trace = flooded(200)
+    ran = [[sequence.request for sequence, _ in trace.step().run] for _ in range(15)]
+    assert all(14 <= len(step) <= 17 for step in ran), "what four fifths of 0.05 s allow"
+    assert {request for step in ran for request in step} == set(range(1, 201)), "each has its turn"
+    trace.shared = False
+    assert len(trace.step().run) == 200, "nobody else is there to profit"
+
+
+def test_a_newcomer_finds_a_step_of_its_own_where_another_tenant_decodes_much():
+    trace = flooded(200)
+    trace.submit(500, [5] * 110, 8, tenant="few")
+    first = {sequence.request: length for sequence, length in trace.step().run}
+    assert first.pop(500) == 110, "in a step that takes longer than others for it"
+    assert len(first) <= 5
+    for _ in range(7):
+        run = [sequence.request for sequence, _ in trace.step().run]
+        assert 500 in run, "it has its turn in each step, being its tenant's only one"
+        assert len(run) >= 12
+    assert len(trace.finished[500]) == 8
+
+
+def test_prompts_that_have_begun_make_way_for_one_of_a_tenant_that_got_less():
+    trace = flooded(30)
+    trace.submit(400, [4] * 300, 8, tenant="many")
+    trace.step()
+    trace.submit(500, [5] * 40, 8, tenant="few")
+    trace.tenants.charge("many", 0, 20)
+    run = {sequence.request: length for sequence, length in trace.step().run}
+    assert run.pop(500) == 40
+    assert 400 not in run
+    while 400 not in trace.finished:
+        trace.step()
+        assert trace.steps < 400
+
+
+def test_who_waits_for_a_place_takes_none_of_the_step_from_those_who_have_one():
+    trace = Trace(4096, Limits(8, 16))
+    for request in range(1, 5):
+        trace.submit(request, [request], 100, tenant="many")
+        trace.submit(request + 10, [request], 100, tenant="few")
+    for _ in range(4):
+        trace.step()
+    trace.tenants.charge("many", 0, 1000)
+    trace.submit(50, [5] * 9, 8, tenant="few")
+    assert [length for _, length in trace.step().run] == [1] * 8
+
+
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
@@ -305,6 +413,8 @@ def test_any_trace_ends_with_every_request_served_and_every_page_free(data):
     trace = Trace(
         pages, limits, data.draw(st.booleans(), label="prefix cache"), data.draw(st.sampled_from([0, 0, 2, 5]), label="lookahead")
     )
+    if data.draw(st.booleans(), label="shared"):
+        trace.speed, trace.shared = Speed(data.draw(st.sampled_from([0.0, 0.01, 0.03]), label="target")), True
     submitted: dict[int, int] = {}
     aborted = set()
     for request in range(1, data.draw(st.integers(1, 14), label="requests") + 1):

@@ -42,3 +42,25 @@ def test_a_short_prompt_after_a_long_one_is_not_taken_for_as_slow():
     pauses(speed, 8e-4, 1e-7, 8000)
     assert speed.chunk(DECODES, 256, 8000) == LEAST
     assert speed.chunk(DECODES, 256, 0) >= 20
+
+
+@pytest.mark.parametrize(("step", "decode"), [(0.006, 0.002), (0.001, 0.0003), (0.03, 0.004), (0.2, 0.01), (0.1, 0.0002)])
+def test_the_decodes_that_the_target_allows_are_found_from_far_too_many_and_from_too_few(step, decode):
+    right = (max(0.05, 2 * step) - step) / decode
+    for first in (256, 1):
+        speed = Speed(0.05)
+        assert speed.decodes(1.0) > 1000, "nothing is known"
+        speed.observe(first, [], step + decode * first)
+        for _ in range(60):
+            number = min(256, speed.decodes(1.0))
+            speed.observe(number, [], step + decode * number)
+        assert 0.85 * right - 1 <= speed.decodes(1.0) <= 1.15 * right + 1
+
+
+def test_when_the_machine_gets_faster_more_decodes_are_tried():
+    speed = Speed(0.05)
+    for decode in (0.01, 0.001):
+        for _ in range(600):
+            number = min(256, speed.decodes(1.0))
+            speed.observe(number, [], decode * number)
+    assert 40 <= speed.decodes(1.0) <= 55
