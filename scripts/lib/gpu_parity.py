@@ -6,6 +6,7 @@ each.
 Long ones are those that took long in an earlier run.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -81,7 +82,9 @@ class Workers:
                 self.found.put({"number": number, "error": None, "bound": None, "ok": False, "why": why})
                 process = None
         if process is not None and process.stdin is not None:
-            process.stdin.close()
+            # What a killed one has not read cannot be written any more, and closing tries to.
+            with contextlib.suppress(OSError):
+                process.stdin.close()
             process.wait()
 
     def _started(self) -> subprocess.Popen[str] | None:

@@ -138,7 +138,7 @@ def test_requests_with_a_common_prefix_see_what_each_would_see_alone(engines, he
     contexts = {0: 850, 1: 833, 2: 769, 3: 768, 4: 700, 5: 515, 6: 513, 7: 256, 8: 290, 9: 850, 10: 90}
     prefixes = {1: 768, 2: 768, 3: 704, 4: 640, 5: 512, 6: 512, 7: 192, 8: 256, 10: 64}
     batch = paged(heads, page_size, list(contexts.values()), [1, 1, 3, 1, 1, 4, 2, 1, 1, 1, 1]).sharing(0, prefixes).stored(dtype)
-    for crowd in (batch, paged(heads, page_size, [900] * 40, [1] * 40).sharing(0, dict.fromkeys(range(1, 40), 768)).stored(dtype)):
+    for crowd in (batch, paged(heads, page_size, [600] * 20, [1] * 20).sharing(0, dict.fromkeys(range(1, 20), 512)).stored(dtype)):
         q = crowd.query()
         whole = engines[0].attention(q, heads, crowd.kv, crowd.extents, 0.2, None)
         for ops in engines:
