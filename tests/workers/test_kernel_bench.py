@@ -4,12 +4,14 @@ import msgspec
 import pytest
 
 from headrace.engine.cli import main
+from headrace.workers import kernel_bench
 from headrace.workers.kernel_bench import Report
 
 pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 
 
-def test_every_op_is_timed_beside_the_peaks(tmp_path, capsys):
+def test_every_op_is_timed_beside_the_peaks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernel_bench, "RUNS", 2)
     assert main(["bench", "kernels", "--context", "256", "--threads", "1", "--json", str(tmp_path / "report.json")]) == 0
     report = msgspec.json.decode((tmp_path / "report.json").read_bytes(), type=Report)
     assert {one.op for one in report.timings} == {
