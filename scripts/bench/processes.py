@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.request import urlopen
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+SERVE = "import sys; from headrace.engine.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+"""Code for `engine`: `headrace serve`, as the command line runs it."""
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -64,11 +66,16 @@ class Engine:
         """By process name."""
         return {name_of(pid): usage_of(pid) for pid in tree(self.supervisor.pid)}
 
+    def metrics(self) -> dict[str, float]:
+        """All series at one moment, by name and labels."""
+        with urlopen(f"{self.address}/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {series: float(value) for series, _, value in pairs if series}
+
     def metric(self, name: str) -> float:
         """The sum of all series of that name."""
-        with urlopen(f"{self.address}/metrics", timeout=30) as response:
-            lines = [line for line in response.read().decode().splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
+        return sum(value for series, value in self.metrics().items() if series.partition("{")[0] == name)
 
 
 @contextmanager

@@ -17,13 +17,12 @@ from time import perf_counter, sleep
 from typing import Any
 
 import msgspec
-from processes import engine, parse, shares
+from processes import SERVE, engine, parse, shares
 
 from headrace.client.bench.machine import facts
 from headrace.client.bench.wire import ask
 from headrace.client.calls import Server
 
-SERVE = "import sys; from headrace.engine.cli import main; sys.argv[0] = 'headrace'; sys.exit(main())"
 SETTLE_S = 2.0
 """Between readiness and the idle measurement: what start-up left behind is not idling."""
 GOAL_READY_S = 3.0
@@ -36,7 +35,7 @@ def one_round(words: list[str], idle_s: float) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     began = perf_counter()
-    with engine(SERVE, "serve", "--port", str(port), *words) as running:
+    with engine(SERVE, "--port", str(port), *words) as running:
         running.wait_until_ready()
         said = perf_counter() - began
         status, _ = asyncio.run(ask(Server.parse(running.address, None), "GET", "/health/ready"))

@@ -18,17 +18,16 @@ from time import perf_counter
 from typing import NamedTuple
 
 import msgspec
-from processes import Engine, engine, parse
+from processes import SERVE, Engine, engine, parse
 
 from headrace.client import Client
 from headrace.client.bench.machine import facts
 
-SERVE = "import sys; from headrace.engine.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 GOAL = 0.03
 
 
 class Times(NamedTuple):
-    """Microseconds of one step, or of several."""
+    """Microseconds from token to token, and in one step or in several."""
 
     period: float
     step: float
@@ -40,25 +39,25 @@ class Times(NamedTuple):
 
 
 def stream(running: Engine, client: Client, prompt: str, tokens: int) -> tuple[Times, float]:
-    """Of all steps of a request, and how many they were; the period is the time from the first token to the last."""
+    """Of all steps of a request that the metrics know of at its end, and how many they are; the period is from token to token."""
     before = totals(running)
     options = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     at = [perf_counter() for chunk in client.complete_stream(prompt, **options) if any(choice.text for choice in chunk.choices)]
     step, model, steps = (b - a for a, b in zip(before, totals(running), strict=True))
-    return Times(1e6 * (at[-1] - at[0]), 1e6 * step, 1e6 * model), steps
+    return Times(1e6 * (at[-1] - at[0]) / max(1, tokens - 1), 1e6 * step, 1e6 * model), steps
 
 
 def totals(running: Engine) -> list[float]:
-    """Seconds in steps and in the model so far, and steps."""
-    names = "headrace_step_seconds_sum", "headrace_forward_seconds_sum", "headrace_forward_seconds_count"
-    return [running.metric(name) for name in names]
+    """Seconds in steps and in the model so far, and steps, all at one moment."""
+    series = running.metrics()
+    return [series[name] for name in ("headrace_step_seconds_sum", "headrace_forward_seconds_sum", "headrace_forward_seconds_count")]
 
 
 def measure(running: Engine, client: Client, round_: int, tokens: int) -> Times:
     """A step that decodes: those of a request less that of another's prompt."""
     prompt, _ = stream(running, client, f"{2 * round_} Name all rivers of the world:", 1)
     times, steps = stream(running, client, f"{2 * round_ + 1} Name all rivers of the world:", tokens)
-    return Times(*(one / (steps - 1) for one in (times.period, times.step - prompt.step, times.model - prompt.model)))
+    return Times(times.period, (times.step - prompt.step) / (steps - 1), (times.model - prompt.model) / (steps - 1))
 
 
 def main() -> int:

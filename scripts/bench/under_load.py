@@ -28,14 +28,13 @@ from typing import Any
 
 import msgspec
 import uvloop
-from processes import Engine, engine, name_of, parse, shares, tree
+from processes import SERVE, Engine, engine, name_of, parse, shares, tree
 
 from headrace.client.bench.corpus import load_words
 from headrace.client.bench.machine import facts
 from headrace.client.bench.wire import Pool, Sample, request_bytes
 from headrace.client.calls import Server
 
-SERVE = "import sys; from headrace.engine.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
 ONE, OTHER = "tenant-one", "tenant-other"
 STREAMS = 16
 TIMEOUT_S = 600.0
@@ -76,20 +75,11 @@ class Load:
 
     async def metric(self, name: str) -> float:
         """The sum of all series of that name."""
-        page = await asyncio.to_thread(_page, f"{self.running.address}/metrics")
-        lines = (line for line in page.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
+        return await asyncio.to_thread(self.running.metric, name)
 
     def close(self) -> None:
         for pool in self.pools.values():
             pool.close()
-
-
-def _page(url: str) -> str:
-    import urllib.request
-
-    with urllib.request.urlopen(url, timeout=30) as response:
-        return response.read().decode()
 
 
 async def starvation(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -287,10 +277,8 @@ async def soak(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _idle_pages(load: Load) -> float:
-    page = await asyncio.to_thread(_page, f"{load.running.address}/metrics")
-    return sum(
-        float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith('headrace_kv_pages{state="') and "used" not in line
-    )
+    series = await asyncio.to_thread(load.running.metrics)
+    return sum(value for name, value in series.items() if name.startswith("headrace_kv_pages{") and "used" not in name)
 
 
 MEASURES = {"starvation": starvation, "flood": flood, "overload": overload, "restart": restart, "soak": soak}
