@@ -65,14 +65,14 @@ class Child:
 
     def moves(self) -> bool:
         """Whether it has used CPU time since this was last asked, or would if it had a core or its disk's answer."""
+        assert self.process
         try:
             # See proc(5). The command's name, in parentheses, may hold spaces.
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split() if self.process else []
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return True
-        state, ticks = fields[0] if fields else "Z", sum(map(int, fields[11:13]))
-        before, self._cpu_ticks = self._cpu_ticks, ticks
-        return state in "RD" or ticks != before
+        before, self._cpu_ticks = self._cpu_ticks, sum(map(int, fields[11:13]))
+        return fields[0] in "RD" or self._cpu_ticks != before
 
 
 class _Probing:

@@ -5,8 +5,8 @@ ready. A death is seen at once through the child's pidfd; the siblings are told,
 short a time mean that starting again does not help, and the engine stops with a message.
 
 A child can also hang: stopped from outside, or stuck in a call. So each is asked for a sign of life now and then, and the scheduler tells
-for how long it has waited for a step. Who owes an answer for too long is killed, or does nothing while it starts, and what follows is the
-same as after any death.
+for how long it has waited for a step. Who owes an answer for too long, or does nothing while it starts, is killed (`engine/pulse.py`), and
+what follows is the same as after any death.
 
     starting ─▶ ready ◀─▶ recovering
                  │ └──▶ draining ─▶ stopped, or drained until told to resume
@@ -38,7 +38,7 @@ import zmq
 from headrace.engine.actor import Mailbox, Post, endpoint
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.checkpoint.resolve import resolve
-from headrace.engine.children import WORKERS, Census, Child, ChildSpec, engine_children
+from headrace.engine.children import Census, Child, ChildSpec, engine_children
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
 from headrace.engine.messages.lifecycle import (
@@ -62,17 +62,12 @@ from headrace.engine.messages.wire import Message
 from headrace.engine.metrics import REJECTED_FRAMES, REJECTED_FRAMES_HELP, Metrics
 from headrace.engine.names import SCHEDULER, SUPERVISOR, server_names
 from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec
+from headrace.engine.pulse import PULSE, Pulse
 
 log = logging.getLogger(__name__)
 
 RESTART_WINDOW = 60.0
 """More deaths than `max_restarts` within this many seconds end the engine."""
-
-PULSES = 4
-"""Signs of life that are asked for within the time in which one must come."""
-
-PULSE = -1
-"""The call of a `Probe` that asks for a sign of life."""
 
 STOP_GRACE = 1.0
 """Seconds that children get between SIGTERM and SIGKILL."""
@@ -103,6 +98,7 @@ class Supervisor:
         self._metrics = Metrics()
         self._rejected = self._metrics.counter(REJECTED_FRAMES, REJECTED_FRAMES_HELP, (("process", SUPERVISOR),))
         self._census = Census(self._post, self._children, self._metrics, lambda: self._state)
+        self._pulse = Pulse(self._post, self._children, config.hang_timeout, self._put_down)
         self._undrained: set[str] = set()
         self._all_drained = asyncio.Event()
         self._leaving = False
@@ -128,7 +124,7 @@ class Supervisor:
         try:
             for child in self._children.values():
                 self._start(child)
-            pulse = loop.create_task(self._feel_pulses(self._config.hang_timeout))
+            pulse = loop.create_task(self._pulse.feel_all())
             try:
                 return await self._done
             finally:
@@ -152,7 +148,7 @@ class Supervisor:
                     self._fail(message.message)
             case Snapshot(call=call):
                 if call == PULSE:
-                    self._feel(message)
+                    self._pulse.felt(message)
                 elif call == OPENING:
                     self._opened(message.child)
                 else:
@@ -289,51 +285,6 @@ class Supervisor:
         if child.process and not child.doomed:
             log.error("restarting %s: %s", child.spec.name, why)
             child.process.kill()
-
-    async def _feel_pulses(self, limit: float) -> None:
-        """Ask every child for a sign of life, again and again; restart who gave none for `limit` seconds. Those that are still starting,
-        which may take as long as it takes to read a model, cannot answer: they are restarted if they neither compute nor read."""
-        interval = limit / PULSES
-        asked = time.monotonic()
-        while True:
-            await asyncio.sleep(interval)
-            now = time.monotonic()
-            late, asked = now - asked > 2 * interval, now
-            starting = [child for child in self._children.values() if child.state != "ready" and child.process]
-            # One of a group may wait for the others.
-            at_work = {child.spec.group for child in starting if child.moves()}
-            for child in starting:
-                if late or child.spec.group in at_work:
-                    child.still_since = None
-                elif child.still_since is not None and now - child.still_since > limit:
-                    self._hangs(child, f"it has done nothing for {now - child.still_since:.1f} s, and is not ready yet")
-                else:
-                    child.still_since = child.still_since or now
-            for child in self._children.values():
-                if child.state != "ready":
-                    continue
-                if late:
-                    # This process itself stood still: the answers may lie unread.
-                    child.owes_since = None
-                elif child.owes_since is not None and now - child.owes_since > limit:
-                    self._hangs(child, f"it gave no sign of life for {now - child.owes_since:.1f} s")
-                    continue
-                child.owes_since = child.owes_since or now
-                self._post.send(child.spec.name, Probe(PULSE))
-
-    def _feel(self, snapshot: Snapshot) -> None:
-        """A sign of life; the scheduler's tells of its workers too."""
-        self._children[snapshot.child].owes_since = None
-        owed = snapshot.progress.owed_s if snapshot.progress else None
-        if owed is not None and owed > self._config.hang_timeout:
-            for child in self._children.values():
-                if child.spec.group == WORKERS and child.state == "ready":
-                    self._hangs(child, f"a step has not ended for {owed:.1f} s")
-
-    def _hangs(self, child: Child, what: str) -> None:
-        child.owes_since = None
-        child.hangs += 1
-        self._put_down(child, what)
 
     def _too_many_deaths(self) -> bool:
         """Count one more death."""
