@@ -173,8 +173,8 @@ def plan(
         if speed is not None and decodes and not prefills:
             budget = min(budget, speed.chunk(len(decodes), budget, stretch=stretch))
         newcomers = takewhile(lambda sequence: due(sequence) < due(later[0]), waiting) if later else waiting
-        available -= _admit(decision, ledger, prefills + later, newcomers, limits.max_running - len(left), available, budget)
-        budget -= sum(length for _, length in decision.run[-len(decision.start) :]) if decision.start else 0
+        pages, budget = _admit(decision, ledger, prefills + later, newcomers, limits.max_running - len(left), available, budget)
+        available -= pages
     if not (crowded and behind and decision.start):
         go_on(later)
     return decision
@@ -275,8 +275,9 @@ def _admit(
     places: int,
     available: int,
     budget: int,
-) -> int:
-    """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out. The pages that they need."""
+) -> tuple[int, int]:
+    """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out. The pages that they need, and what
+    is left of the budget."""
     size, taken = ledger.page_size, 0
     for sequence in prefills:
         planned = next((length for other, length in decision.run if other is sequence), 0)
@@ -311,7 +312,7 @@ def _admit(
         decision.start.append(sequence)
         decision.run.append((sequence, length))
         decision.lookahead.append(0)
-    return taken
+    return taken, budget
 
 
 def _pages_to_start(ledger: Ledger, sequence: Sequence) -> int:
