@@ -64,7 +64,7 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
     const int64_t sight = end;
     end = std::min((split + 1) * SPLIT, end);
     std::fill(partial.out, partial.out + rows * width, 0.0f);
-    const int32_t* table = p.batch.pages + tile.request * p.batch.table_width;
+    const int32_t* table = p.table(tile.request);
     const Pages<T> pages(p.kv, p.heads, kv_head);
     // Whether no other tile brings these keys and values to the cache.
     const bool once = tile.listed || tile.tokens == p.batch.query_start[tile.request + 1] - p.first_row(tile.request);
@@ -86,17 +86,18 @@ void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split
             for (int i = 0; i < R; i++) q[i] = some[i].q, out[i] = some[i].out;
             scores_of<R>(p, block, q, scores);
             if constexpr (SCALED<T>) multiply<R>(scores, block.key_scales, block.known);
-            int64_t seen = 0;  // positions behind these rows may hold anything
+            int64_t from[R], to[R], seen = 0;  // positions behind `seen` may hold anything
             bool whole = true;
             for (int i = 0; i < R; i++) {
-                seen = std::max(seen, std::min(block.known, some[i].last + 1 - block.begin));
-                whole = whole && some[i].first <= block.begin && some[i].last >= block.begin + BLOCK - 1;
+                from[i] = some[i].first - block.begin;
+                to[i] = std::min(block.known, some[i].last + 1 - block.begin);
+                seen = std::max(seen, to[i]);
+                whole = whole && from[i] <= 0 && to[i] == BLOCK;
             }
             if (whole)
                 soften<R>(scores, width, state, out);
             else
-                for (int i = 0; i < R; i++)
-                    soften_part(scores[i], some[i].first - block.begin, std::min(block.known, some[i].last + 1 - block.begin), width, state + 2 * i, out[i]);
+                for (int i = 0; i < R; i++) soften_part(scores[i], from[i], to[i], width, state + 2 * i, out[i]);
             coming.ask();
             if constexpr (SCALED<T>) multiply<R>(scores, block.value_scales, block.known);
             add_values<R>(scores, block.values, 0, seen, width, out);

@@ -73,9 +73,6 @@ class Tiles {
         std::sort(shared.begin(), shared.end(), longer);
     }
 
-    // Whole splits that the tile's tokens see, and that others may share.
-    int64_t whole_splits(const Tile& tile) const { return (p_.batch.positions[tile.from] + 1) / SPLIT; }
-
   private:
     // Whether a request's rows are anything but one sequence.
     bool is_tree(int64_t request) const {
@@ -103,6 +100,9 @@ class Tiles {
         }
         return count;
     }
+
+    // Whole splits that the tile's tokens see, and that others may share.
+    int64_t whole_splits(const Tile& tile) const { return (p_.batch.positions[tile.from] + 1) / SPLIT; }
 
     std::span<const int32_t> whole_pages(const Tile& tile) const {
         const int64_t size = p_.kv.page_size;
