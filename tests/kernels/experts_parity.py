@@ -34,8 +34,8 @@ def checks(
     """Name, what gives the error, and the most that it may be."""
     few = [(1, 96, 64), (40, 96, 64), (70, 160, 96)]
     for kind in kinds:
-        # Where inputs are rounded to 8 bits, a last bit before that may decide a step.
-        most = max(4 * bound, 3e-2) if " x " in kind else bound
+        # Where inputs are rounded to 8 bits, a last bit before that may decide a step; with a static scale, one that is no row's own.
+        most = max(4 * bound if kind.endswith("static") else bound, 3e-2) if " x " in kind else bound
         for rows, *sizes in [*few, (700, 640, 1088)] if company.full else few:
             name = f"experts {kind} {'x'.join(map(str, (rows, *sizes)))}"
             yield name, lambda a=(kind, *sizes), n=rows: Mixture(company, weight_of, *a).error(n, error_of), most
