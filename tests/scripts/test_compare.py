@@ -110,7 +110,9 @@ def test_a_library_gets_the_very_prompts_that_servers_get(entries: Path) -> None
             report = library.measure(options, words, "").report
     warm_up, *batches = [json.loads(line) for line in seen.read_text().splitlines()]
     assert [len(batch) for batch in batches] == [2, 2]
-    assert warm_up + batches[0] + batches[1] == sent
+    # Two requests under way at a time reach a server in either order.
+    assert warm_up == sent[:1]
+    assert sorted(batches[0] + batches[1]) == sorted(sent[1:])
     assert report.tokens.output == 12 and 60 <= report.tpot_ms.p50 < 200
 
 
