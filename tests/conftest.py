@@ -4,12 +4,18 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # The machine that runs the tests is shared: how long an example takes says nothing.
 settings.register_profile("headrace", deadline=None, print_blob=True)
 settings.load_profile("headrace")
+
+STARTING_PROCESSES = ("client", "e2e", "engine", "scripts", "server", "tokenizer_proc")
+"""Folders whose tests start processes, and whose files are run one after the other, beside those of the others: engines that are killed
+and stopped have limits in seconds, and two of them at once would share the cores."""
 
 TEST_MARK = "HEADRACE_TEST_RUN"
 """By this scripts/test recognises the processes that the tests started; it is no setting."""
@@ -23,3 +29,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 for name in [name for name in os.environ if name.startswith("HEADRACE_") and name != TEST_MARK]:
     del os.environ[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file stay together, and so do all that start processes (see `pytest-xdist`, `--dist loadgroup`)."""
+    root = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(root)
+        item.add_marker(pytest.mark.xdist_group("processes" if path.parts[0] in STARTING_PROCESSES else str(path)))

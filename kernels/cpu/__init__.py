@@ -1,8 +1,8 @@
 """The native backend for CPUs: C++ behind the op table, for weights as they are stored.
 
 `src/` has one op a file, compiled for each instruction set and chosen when the extension is loaded. `packed.py` packs weights when
-a model is loaded for the first time, and `store.py` keeps them; `recorder.py` puts the model's ops on a tape that a step replays in one
-call, on threads of its own; `sampling.py` has the same threads choose the tokens.
+a model is loaded for the first time, into memory in huge pages (`memory.py`), and `store.py` keeps them; `recorder.py` puts the model's
+ops on a tape that a step replays in one call, on threads of its own; `sampling.py` has the same threads choose the tokens.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
 from headrace.kernels.cpu import sampling
-from headrace.kernels.cpu.packed import FORMAT, Allocate, Packed, Part, in_memory, pack, pack_experts
+from headrace.kernels.cpu.memory import Memory
+from headrace.kernels.cpu.packed import FORMAT, Allocate, Packed, Part, pack, pack_experts
 from headrace.kernels.cpu.pages import TYPES, Pages, page_bytes
 from headrace.kernels.cpu.recorder import CpuProgram
 from headrace.kernels.cpu.store import PackedStore
@@ -80,6 +81,7 @@ class CpuBackend:
         self._engine = _native.Engine(threads or cores, isa or os.environ.get("HEADRACE_CPU_ISA", ""))
         self._activations = activations
         self._packed: dict[str, Packed] = {}
+        self._memory = Memory()
         self._store: PackedStore | None = None
         self.isa: str = self._engine.isa
         self.threads: int = self._engine.threads
@@ -108,12 +110,11 @@ class CpuBackend:
 
     def _parts(self, name: str, make: Callable[[Allocate], list[tuple[Part, np.ndarray]]]) -> Sequence[tuple[Part, np.ndarray]]:
         """The packed weight: from the store if it is there, else made, and left there."""
-        if self._store is None:
-            return make(in_memory)
-        parts = self._store.get(name)
+        parts = self._store.get(name) if self._store else None
         if parts is None:
-            parts = make(self._store.allocate)
-            self._store.add(name, parts)
+            parts = make(self._memory.allocate)
+            if self._store:
+                self._store.add(name, parts)
         return parts
 
     def prepare_table(self, name: str, weight: Callable[[], Weight]) -> Packed:

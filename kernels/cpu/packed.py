@@ -177,13 +177,6 @@ def _form_of(weight: Weight) -> tuple:
     return "integers", weight.shape, weight.group, weight.minimums is not None, weight.zeros is not None
 
 
-def in_memory(nbytes: int) -> np.ndarray:
-    """`Allocate` from the heap."""
-    room = np.empty(nbytes + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + nbytes]
-
-
 def _part(engine: "_native.Engine", weights: Sequence[Weight]) -> Part:
     """How each of these, which are alike, is stored."""
     first = weights[0]

@@ -10,6 +10,10 @@ namespace headrace::HEADRACE_ISA {
 
 constexpr int PARTS = PANEL / wide::WIDTH;  // vectors a panel
 
+// Bytes by which what streams a weight asks for it ahead of its use. The machine sees streams by itself, but loses each at the end of a
+// page of 4 KiB, huge ones too.
+constexpr int64_t AHEAD = 2048;
+
 struct Scale {
     wide::Floats factor[PARTS], minimum[PARTS];
 };

@@ -69,6 +69,7 @@ struct Stream {
             codes = blocks.codes(panel, group) - BYTES;
         }
         left--;
+        for (int64_t byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(codes + BYTES + AHEAD + byte, 0, 2);
         return codes += BYTES;
     }
     Floats factor(int v) const { return scale.factor[v]; }

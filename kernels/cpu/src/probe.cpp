@@ -119,7 +119,10 @@ Peaks probe(Pool& pool, const uint8_t* bytes, int64_t size) {
         wide::Ints sums[4] = {};
         for (const uint8_t *at = bytes + unit * share, *end = at + share; at < end; at += 16 * wide::WIDTH)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) sums[i] += wide::ints(at + i * 4 * wide::WIDTH);
+            for (int i = 0; i < 4; i++) {
+                if (i * 4 * wide::WIDTH % 64 == 0) __builtin_prefetch(at + i * 4 * wide::WIDTH + AHEAD, 0, 2);
+                sums[i] += wide::ints(at + i * 4 * wide::WIDTH);
+            }
         wide::Ints sum = sums[0] + sums[1] + sums[2] + sums[3];
         disguise(sum);
     });
