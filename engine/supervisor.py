@@ -24,11 +24,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -63,6 +61,7 @@ from headrace.engine.metrics import REJECTED_FRAMES, REJECTED_FRAMES_HELP, Metri
 from headrace.engine.names import SCHEDULER, SUPERVISOR, server_names
 from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec
 from headrace.engine.pulse import PULSE, Pulse
+from headrace.engine.run_dir import make_run_dir
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class Supervisor:
 
     def __init__(self, config: Config, model: ModelFiles, children: list[ChildSpec], on_ready: Callable[[str], None]) -> None:
         self._config = config
-        self._run_dir = Path(tempfile.mkdtemp(prefix="headrace-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+        self._run_dir = make_run_dir()
         self._context = zmq.Context()
         self._post = Post(self._context, self._run_dir)
         self._on_ready = on_ready

@@ -11,7 +11,7 @@ Run as `python -m headrace.workers.runner`, one process a rank.
 
 import math
 import time
-from typing import NamedTuple
+from itertools import repeat
 
 import numpy as np
 
@@ -63,8 +63,10 @@ class ModelRunner:
         logits = self._program.run(flat.batch, flat.picks)
         forwarded = time.perf_counter_ns()
         outcome = Outcome([])
-        if len(flat.picks):
-            self._choose(logits, rows, drafts, outcome)
+        if drafts is not None:
+            self._choose_and_verify(logits, rows, drafts, outcome)
+        elif len(flat.picks):
+            self._choose(logits, rows, outcome)
         for start, row in zip(flat.starts, rows, strict=True):
             if row.sequence.sampling.prompt_logprobs is not None:
                 self._score_prompt(start, row, outcome)
@@ -80,55 +82,62 @@ class ModelRunner:
             sequence.pages = [min(page, self.pages - 1) for page in range(2)]
             self.step([Row(sequence, 0, length, emits=True)])
 
-    def _choose(self, logits: Array, rows: list[Row], drafts: list[list[int]] | None, outcome: Outcome) -> None:
+    def _choose(self, logits: Array, rows: list[Row], outcome: Outcome) -> None:
+        """Sample every row that emits."""
+        sequences = [row.sequence for row in rows if row.emits]
+        tokens, scores = self._sample(logits, sequences, None)
+        outcome.tokens = [[] if token is None else [token] for token in tokens]
+        for sequence, one in zip(sequences, scores, strict=True):
+            if one is not None:
+                outcome.logprobs.append(_scored(sequence, sequence.emitted, one))
+
+    def _choose_and_verify(self, logits: Array, rows: list[Row], drafts: list[list[int]], outcome: Outcome) -> None:
         """Sample every row that emits, and behind it each of its drafts for as long as they are what was sampled before them."""
-        if drafts is None:
-            asked = [Asked(row.sequence) for row in rows if row.emits]
-        else:
-            asked = [
-                Asked(row.sequence, draft[:count])
-                for row, draft in zip(rows, drafts, strict=True)
-                if row.emits
-                for count in range(len(draft) + 1)
-            ]
-            outcome.drafted = [len(draft) for row, draft in zip(rows, drafts, strict=True) if row.emits]
-            self._drafter.keep({row.sequence.request for row in rows})
+        emitting = [(row.sequence, draft) for row, draft in zip(rows, drafts, strict=True) if row.emits]
+        outcome.drafted = [len(draft) for _, draft in emitting]
+        self._drafter.keep({row.sequence.request for row in rows})
+        sequences = [sequence for sequence, draft in emitting for _ in range(len(draft) + 1)]
+        before = [draft[:count] for _, draft in emitting for count in range(len(draft) + 1)]
         going_on = True
-        for (token, scores), (sequence, before) in zip(self._sample(logits, asked), asked, strict=True):
-            if not before:
+        for token, one, sequence, drafted in zip(*self._sample(logits, sequences, before), sequences, before, strict=True):
+            if not drafted:
                 outcome.tokens.append([])
                 going_on = True
             elif going_on:
-                last = before[-1]
+                last = drafted[-1]
                 going_on = outcome.tokens[-1][-1] == last and last not in sequence.end_tokens
             going_on = going_on and token is not None
             if not going_on:
                 continue
             outcome.tokens[-1].append(token)
-            if scores is not None:
-                logprob, top, top_logprobs = scores
-                outcome.logprobs.append(
-                    TokenLogprobs(sequence.request, sequence.emitted + len(before), logprob, tuple(top), tuple(top_logprobs))
-                )
+            if one is not None:
+                outcome.logprobs.append(_scored(sequence, sequence.emitted + len(drafted), one))
 
-    def _sample(self, logits: Array, asked: list["Asked"]) -> list[tuple[int | None, Scores | None]]:
-        """A token and its scores for each row of logits; no token where they are invalid."""
+    def _sample(
+        self, logits: Array, sequences: list[Sequence], before: list[list[int]] | None
+    ) -> tuple[list[int | None], list[Scores | None]]:
+        """A token and its scores for each row of logits; no token where they are invalid. A row's token comes after its sequence's own, and
+        after the drafts `before` it, taken for emitted."""
         try:
-            sampled = self._backend.sample(logits, self._sampling_batch(asked))
+            sampled = self._backend.sample(logits, self._sampling_batch(sequences, before))
         except FloatingPointError:
-            if len(asked) == 1:
-                return [(None, None)]
-            return [one for row in range(len(asked)) for one in self._sample(logits[row : row + 1], asked[row : row + 1])]
-        return list(zip(sampled.tokens, sampled.logprobs, strict=True))
+            if len(sequences) == 1:
+                return [None], [None]
+            tokens, scores = [], []
+            for row, sequence in enumerate(sequences):
+                token, score = self._sample(logits[row : row + 1], [sequence], before and before[row : row + 1])
+                tokens += token
+                scores += score
+            return tokens, scores
+        return sampled.tokens, sampled.logprobs
 
-    def _sampling_batch(self, asked: list["Asked"]) -> SamplingBatch:
+    def _sampling_batch(self, sequences: list[Sequence], before: list[list[int]] | None) -> SamplingBatch:
         """`sampling_batch`, which from one step to the next is mostly the same."""
-        sequences = [sequence for sequence, _ in asked]
         if self._sampled is not None and self._sampled[0] == sequences:
             batch = self._sampled[1]
-            batch.position[:] = [sequence.emitted + len(before) for sequence, before in asked]
+            batch.position[:] = _positions(sequences, before)
             return batch
-        batch = sampling_batch(asked)
+        batch = sampling_batch(sequences, before)
         steady = not any(batch.banned) and not any(map(_penalizes, sequences))
         self._sampled = (sequences, batch) if steady else None
         return batch
@@ -157,17 +166,10 @@ class ModelRunner:
             )
 
 
-class Asked(NamedTuple):
-    """A row of logits from which a token is to be chosen: that after the sequence's own, and after drafts taken for emitted."""
-
-    sequence: Sequence
-    before: list[int] | tuple[()] = ()
-
-
-def sampling_batch(asked: list[Asked]) -> SamplingBatch:
-    """The sampling parameters of rows of logits, as columns."""
-    parameters = [sequence.sampling for sequence, _ in asked]
-    position = [sequence.emitted + len(before) for sequence, before in asked]
+def sampling_batch(sequences: list[Sequence], before: list[list[int]] | None = None) -> SamplingBatch:
+    """The sampling parameters of rows of logits, as columns; see `ModelRunner._sample`."""
+    parameters = [sequence.sampling for sequence in sequences]
+    position = _positions(sequences, before)
     return SamplingBatch(
         temperature=[one.temperature for one in parameters],
         top_k=[one.top_k for one in parameters],
@@ -176,17 +178,32 @@ def sampling_batch(asked: list[Asked]) -> SamplingBatch:
         repetition_penalty=[one.repetition_penalty for one in parameters],
         presence_penalty=[one.presence_penalty for one in parameters],
         frequency_penalty=[one.frequency_penalty for one in parameters],
-        seed=[sequence.seed for sequence, _ in asked],
+        seed=[sequence.seed for sequence in sequences],
         position=position,
         logit_bias=[one.logit_bias for one in parameters],
         banned=[
             tuple(sequence.end_tokens) if place < sequence.sampling.min_tokens else ()
-            for (sequence, _), place in zip(asked, position, strict=True)
+            for sequence, place in zip(sequences, position, strict=True)
         ],
-        prompt=[sequence.tokens[: sequence.prompt] if sequence.sampling.repetition_penalty != 1 else () for sequence, _ in asked],
-        output=[[*sequence.tokens[sequence.prompt :], *before] if _penalizes(sequence) else () for sequence, before in asked],
+        prompt=[sequence.tokens[: sequence.prompt] if sequence.sampling.repetition_penalty != 1 else () for sequence in sequences],
+        output=[
+            [*sequence.tokens[sequence.prompt :], *drafted] if _penalizes(sequence) else ()
+            for sequence, drafted in zip(sequences, before or repeat(()), strict=False)
+        ],
         logprobs=[one.logprobs for one in parameters],
     )
+
+
+def _positions(sequences: list[Sequence], before: list[list[int]] | None) -> list[int]:
+    """Which of its request's tokens each row is to give."""
+    if before is None:
+        return [sequence.emitted for sequence in sequences]
+    return [sequence.emitted + len(drafted) for sequence, drafted in zip(sequences, before, strict=True)]
+
+
+def _scored(sequence: Sequence, index: int, scores: Scores) -> TokenLogprobs:
+    logprob, top, top_logprobs = scores
+    return TokenLogprobs(sequence.request, index, logprob, tuple(top), tuple(top_logprobs))
 
 
 def _may_draft(rows: list[Row]) -> bool:

@@ -162,6 +162,15 @@ def test_kv_memory_for_not_even_a_page_is_refused():
     assert "--kv-memory 1KiB holds no page" in refused("--kv-memory", "1KiB", "--port", "0")
 
 
+def test_a_run_directory_that_cannot_be_is_named_with_the_way_out(tmp_path):
+    line = refused(XDG_RUNTIME_DIR=str(tmp_path / "nowhere"))
+    assert f"XDG_RUNTIME_DIR {tmp_path}/nowhere: no folder for sockets can be made there" in line
+    (deep := tmp_path / ("d" * 100)).mkdir()
+    line = refused(XDG_RUNTIME_DIR=str(deep))
+    assert line.endswith("is too long for sockets, whose paths have 107 bytes at most; name a shorter one")
+    assert list(deep.iterdir()) == []
+
+
 def test_ctrl_c_while_starting_ends_all_quietly():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,10 +30,10 @@ sys.exit(asyncio.run(live()))
 class Engine:
     """A supervisor in a process of its own, read line by line."""
 
-    def __init__(self, tmp_path: Path, *children: str) -> None:
+    def __init__(self, folder: Path, *children: str) -> None:
         pairs = [child if ":" in child else f"{child}:{child}" for child in children]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RUN, *pairs], stderr=subprocess.PIPE, text=True, env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+            [sys.executable, "-c", RUN, *pairs], stderr=subprocess.PIPE, text=True, env=os.environ | {"XDG_RUNTIME_DIR": str(folder)}
         )
         self.lines: list[str] = []
 
@@ -54,11 +55,18 @@ class Engine:
 
 
 @pytest.fixture
-def engine(tmp_path):
+def folder():
+    """For run directories: a path that is short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="hr-") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def engine(folder):
     engines = []
 
     def start(*children: str) -> Engine:
-        engines.append(Engine(tmp_path, *children))
+        engines.append(Engine(folder, *children))
         return engines[-1]
 
     yield start
@@ -173,10 +181,10 @@ def test_sigterm_drains_before_it_ends(engine):
     assert one.finish() == 0
 
 
-def test_the_run_directory_is_private_and_goes_with_the_engine(engine, tmp_path):
+def test_the_run_directory_is_private_and_goes_with_the_engine(engine, folder):
     one = engine("server-0")
     one.until("READY")
-    (run_dir,) = tmp_path.glob("headrace-*")
+    (run_dir,) = folder.glob("headrace-*")
     assert run_dir.stat().st_mode & 0o777 == 0o700
     one.process.send_signal(signal.SIGINT)
     one.finish()

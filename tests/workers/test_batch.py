@@ -12,7 +12,7 @@ from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.kernels.ops import Sampled, SamplingBatch
 from headrace.workers.batch import build_batch
-from headrace.workers.runner import Asked, ModelRunner, sampling_batch
+from headrace.workers.runner import ModelRunner, sampling_batch
 
 PAGE = 8
 
@@ -111,7 +111,7 @@ def test_what_the_sampler_is_asked_is_the_same_as_if_it_were_written_anew_in_eve
         sequence.pages = [1, 2, 3, 4]
     asked = []
     for running in [sequences] * 6 + [sequences[:1]] * 2 + [sequences] * 3:
-        asked.append(sampling_batch([Asked(sequence) for sequence in running]))
+        asked.append(sampling_batch(running))
         runner.step([Row(sequence, len(sequence.tokens) - 1, 1, True) for sequence in running])
         expected = {field.name: [*getattr(asked[-1], field.name)] for field in fields(SamplingBatch)}
         assert backend.asked[-1] == expected
