@@ -192,10 +192,18 @@ class Ops(Protocol):
 
 
 class Model(Protocol):
-    """What a backend compiles: two functions over `Ops`, without a branch that depends on an activation."""
+    """What a backend compiles: three functions over `Ops`, without a branch that depends on an activation.
 
-    def forward(self, ops: Ops, tokens: Tokens, kv: Sequence[KVPages]) -> Array:
-        """The step's tokens to hidden states [T, H]. Writes K and V to their slots, layer by layer."""
+    tokens ─ forward ─▶ states of all T tokens ─ B of their rows ─▶ finish ─▶ hidden states ─▶ logits
+    """
+
+    def forward(self, ops: Ops, tokens: Tokens, kv: Sequence[KVPages]) -> tuple[Array, ...]:
+        """The step's tokens, as far as others may see them: up to the last attention. Writes K and V to their slots, layer by layer. What
+        is given back [T, …] is all that `finish` needs of a token."""
+        ...
+
+    def finish(self, ops: Ops, *states: Array) -> Array:
+        """Some rows of what `forward` gave [B, …] to hidden states [B, H]."""
         ...
 
     def logits(self, ops: Ops, hidden: Array) -> Array:

@@ -148,13 +148,11 @@ def _timings(step: Step, batch: Batch, works: Sequence, spent: np.ndarray, peaks
     """`spent` is nanoseconds [runs, ops], `peaks` are those of each run."""
     seen = int((batch.positions + 1).sum())
     kept = int((batch.positions[batch.query_start[1:] - 1] + 1).sum())
-    alike: dict[tuple[str, str], list[int]] = {}
+    alike: dict[tuple[str, str, int], list[int]] = {}
     for index, work in enumerate(works):
-        alike.setdefault((work.op, work.shape), []).append(index)
-    last = len(works) - 1
-    for (op, shape), indices in alike.items():
+        alike.setdefault((work.op, work.shape, step.requests if work.picked else step.rows), []).append(index)
+    for (op, shape, rows), indices in alike.items():
         work, calls = works[indices[0]], len(indices)
-        rows = step.requests if indices == [last] else step.rows  # The head takes the rows that were picked.
         seconds = spent[:, indices].sum(1) / 1e9
         operations = calls * (work.row_operations * rows + work.position_operations * seen)
         moved = calls * (work.fixed_bytes + work.row_bytes * rows + work.position_bytes * kept)

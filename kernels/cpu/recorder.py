@@ -8,7 +8,7 @@ checked by the tape before every run.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class Work:
     fixed_bytes: int = 0
     row_bytes: int = 0
     position_bytes: int = 0
+    picked: bool = False
+    """Whether its rows are those that were picked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,7 @@ class Recorder:
 
     def works(self) -> list[Work]:
         """What the ops do, in the order of the tape: those of TOKENS first."""
-        return [op.work for rows in (TOKENS, PICKS) for op in self._ops if op.writes[0].rows == rows]
+        return [replace(op.work, picked=rows == PICKS) for rows in (TOKENS, PICKS) for op in self._ops if op.writes[0].rows == rows]
 
     def _record(self, work: Work, reads: tuple[Value, ...], writes: tuple[Value, ...], put: Any) -> None:
         self._ops.append(_Op(work, reads, writes, put))
@@ -292,8 +294,8 @@ class CpuProgram:
 
     def __init__(self, engine: _native.Engine, model: Model, kv: Sequence[Pages]) -> None:
         recorder = Recorder()
-        hidden = recorder.picked(model.forward(recorder, None, kv))
-        logits = model.logits(recorder, hidden)
+        picked = [recorder.picked(state) for state in model.forward(recorder, None, kv)]
+        logits = model.logits(recorder, model.finish(recorder, *picked))
         # The tape knows addresses alone: what lies there must not go while it is there.
         self._model, self._kv = model, kv
         self._tape, at = recorder.program(engine, [logits])

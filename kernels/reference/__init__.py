@@ -131,15 +131,16 @@ class ReferenceProgram:
 
     def __init__(self, backend: ReferenceBackend, model: Model, kv: Sequence[KVPages]) -> None:
         self._backend, self._model, self._kv = backend, model, kv
-        self._hidden: torch.Tensor | None = None
+        self._states: tuple[torch.Tensor, ...] = ()
 
     @torch.inference_mode()
     def run(self, batch: Batch, picks: np.ndarray) -> torch.Tensor:
-        self._hidden = self._model.forward(self._backend, StepTokens.of(batch, self._backend.device), self._kv)
+        self._states = self._model.forward(self._backend, StepTokens.of(batch, self._backend.device), self._kv)
         return self.logits(picks)
 
     @torch.inference_mode()
     def logits(self, picks: np.ndarray) -> torch.Tensor:
-        assert self._hidden is not None, "a step comes before its logits"
-        rows = self._hidden.index_select(0, torch.from_numpy(picks).to(self._backend.device))
-        return self._model.logits(self._backend, rows)
+        assert self._states, "a step comes before its logits"
+        rows = torch.from_numpy(picks).to(self._backend.device)
+        hidden = self._model.finish(self._backend, *(state.index_select(0, rows) for state in self._states))
+        return self._model.logits(self._backend, hidden)

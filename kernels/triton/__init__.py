@@ -155,26 +155,30 @@ class TritonProgram:
         self._vocabulary = backend.vocabulary
         self._ops = TritonOps(backend.dtype, backend.dtype)
         self._head = TritonOps(backend.dtype, torch.float32)
-        self._hidden: torch.Tensor | None = None
+        self._states: tuple[torch.Tensor, ...] = ()
         self._graphs = Graphs(self._whole, self._device, kv[0].page_size) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def run(self, batch: Batch, picks: np.ndarray) -> torch.Tensor:
         check_indices(batch, picks, self._vocabulary, self._kv[0])
         if self._graphs is not None and self._graphs.fits(batch):
-            self._hidden, logits = self._graphs.replay(batch)
+            self._states, logits = self._graphs.replay(batch)
             return logits if len(picks) == len(logits) else logits.index_select(0, self._rows(picks))
-        self._hidden = self._model.forward(self._ops, StepTokens.of(batch, self._device), self._kv)
+        self._states = self._model.forward(self._ops, StepTokens.of(batch, self._device), self._kv)
         return self.logits(picks)
 
     @torch.inference_mode()
     def logits(self, picks: np.ndarray) -> torch.Tensor:
-        assert self._hidden is not None, "a step comes before its logits"
-        return self._model.logits(self._head, self._hidden.index_select(0, self._rows(picks)))
+        assert self._states, "a step comes before its logits"
+        rows = self._rows(picks)
+        return self._finish([state.index_select(0, rows) for state in self._states])
 
-    def _whole(self, tokens: StepTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self._model.forward(self._ops, tokens, self._kv)
-        return hidden, self._model.logits(self._head, hidden)
+    def _whole(self, tokens: StepTokens) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        states = self._model.forward(self._ops, tokens, self._kv)
+        return states, self._finish(states)
+
+    def _finish(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._model.logits(self._head, self._model.finish(self._ops, *states))
 
     def _rows(self, picks: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(picks).to(self._device)

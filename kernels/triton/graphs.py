@@ -20,8 +20,8 @@ MOST_ROWS = 256
 NO_SLOT = -1
 """Where keys and values of a row go that is not there."""
 
-Forward = Callable[[StepTokens], tuple[torch.Tensor, torch.Tensor]]
-"""Tokens to hidden states [T, H] and logits [T, V]."""
+Whole = Callable[[StepTokens], tuple[tuple[torch.Tensor, ...], torch.Tensor]]
+"""Tokens to the states that `Model.forward` gives, and logits [T, V]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Captured:
     """int32 in pinned memory: ids, positions, slots, tiles, pages."""
     inputs: torch.Tensor
     """The same on the device."""
-    hidden: torch.Tensor
+    states: tuple[torch.Tensor, ...]
     logits: torch.Tensor
     copied: torch.cuda.Event
     """When the device has read `staged`: before that nothing may be written there."""
@@ -40,8 +40,8 @@ class Captured:
 class Graphs:
     """The graphs of one program."""
 
-    def __init__(self, forward: Forward, device: torch.device, page_size: int) -> None:
-        self._forward = forward
+    def __init__(self, whole: Whole, device: torch.device, page_size: int) -> None:
+        self._whole = whole
         self._device = device
         self._page_size = page_size
         self._captured: dict[tuple[int, int], Captured] = {}
@@ -52,8 +52,8 @@ class Graphs:
         """Whether the step is one token each of not too many requests."""
         return batch.parents is None and 0 < len(batch.ids) == len(batch.pages) <= MOST_ROWS
 
-    def replay(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [T, H] and logits [T, V]; both stay until the next call."""
+    def replay(self, batch: Batch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """States and logits of the rows, which stay until the next call."""
         rows, splits = len(batch.ids), int(batch.positions.max()) // KV_SPLIT + 1
         size, reach = power_of_two(rows), power_of_two(splits)
         if (size, reach) not in self._captured:
@@ -73,7 +73,7 @@ class Graphs:
         captured.inputs.copy_(captured.staged, non_blocking=True)
         captured.copied.record()
         captured.graph.replay()
-        return captured.hidden[:rows], captured.logits[:rows]
+        return tuple(state[:rows] for state in captured.states), captured.logits[:rows]
 
     def _capture(self, size: int, splits: int) -> Captured:
         width = -(-splits * KV_SPLIT // self._page_size)
@@ -88,12 +88,12 @@ class Graphs:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             # Kernels are compiled, and memory is found, before anything is captured.
-            self._forward(tokens)
+            self._whole(tokens)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            hidden, logits = self._forward(tokens)
-        return Captured(graph, staged, inputs, hidden, logits, torch.cuda.Event())
+            states, logits = self._whole(tokens)
+        return Captured(graph, staged, inputs, states, logits, torch.cuda.Event())
 
 
 def pinned(size: int) -> torch.Tensor:

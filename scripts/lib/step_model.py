@@ -105,7 +105,8 @@ def step(config: DecoderConfig, checkpoint: Any, form: str, make: Callable[[int,
     tokens = StepTokens(each, each, each, each, pages, -(-context // KV_SPLIT), (), None, single)
     launches: list[tuple[str, dict[str, torch.Tensor]]] = []
     with caught(launches), torch.inference_mode():
-        hidden = decoder.forward(TritonOps(torch.bfloat16, torch.bfloat16), tokens, kv)
+        ops = TritonOps(torch.bfloat16, torch.bfloat16)
+        hidden = decoder.finish(ops, *decoder.forward(ops, tokens, kv))
         decoder.logits(TritonOps(torch.bfloat16, torch.float32), hidden)
     pools = {id(x) for one in kv for x in (one.keys, one.values, one.scales) if x is not None}
     must, moved, operations, seconds = Counter(), 0.0, 0.0, 0.0

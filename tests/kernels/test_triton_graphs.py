@@ -26,14 +26,14 @@ class Card:
         self.order: list[str] = []
         self._work: list = []
 
-    def forward(self, tokens: StepTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states that tell everything a row was given."""
+    def whole(self, tokens: StepTokens) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+        """States that tell everything a row was given."""
         self.seen.append(tokens)
         rows = torch.cat([x.view(len(tokens.ids), -1) for x in (tokens.ids, tokens.positions, tokens.slots, tokens.pages)], 1).float()
         tiles = tokens.tiles(4).table.float()
         if self._work and self._work[-1] is None:
             self._work[-1] = (tokens, rows, tiles)
-        return rows, tiles
+        return (rows,), tiles
 
     @contextmanager
     def capture(self, graph: "Card.Graph", pool: object):
@@ -48,8 +48,9 @@ class Card:
         def replay(self) -> None:
             tokens, rows, tiles = self.work
             self.card.replays += 1
-            for room, fresh in zip((rows, tiles), self.card.forward(tokens), strict=True):
-                room.copy_(fresh)
+            (fresh_rows,), fresh_tiles = self.card.whole(tokens)
+            rows.copy_(fresh_rows)
+            tiles.copy_(fresh_tiles)
 
 
 @pytest.fixture
@@ -79,18 +80,18 @@ def batch(positions: list[int], width: int) -> Batch:
 
 
 def test_rows_of_a_graph_are_those_of_the_step_and_the_rest_have_no_slot_and_no_tile(card):
-    made = graphs.Graphs(card.forward, torch.device("cpu"), PAGE_SIZE)
+    made = graphs.Graphs(card.whole, torch.device("cpu"), PAGE_SIZE)
     step = batch([3, 40, 20], 3)
-    hidden, tiles = made.replay(step)
-    assert hidden[:, :3].tolist() == [[100, 3, step.slots[0]], [101, 40, step.slots[1]], [102, 20, step.slots[2]]]
-    assert hidden[:, 3:6].tolist() == step.pages.tolist()
+    (rows,), tiles = made.replay(step)
+    assert rows[:, :3].tolist() == [[100, 3, step.slots[0]], [101, 40, step.slots[1]], [102, 20, step.slots[2]]]
+    assert rows[:, 3:6].tolist() == step.pages.tolist()
     assert tiles.tolist() == [[0, 0, 1], [1, 1, 2], [2, 2, 3]]
     tokens = card.seen[-1]
     assert (tokens.slots[3:].tolist(), tokens.tiles(1).table[3:].tolist()) == ([-1], [[0, 0, 0]])
 
 
 def test_a_smaller_step_leaves_nothing_of_the_one_before_it(card):
-    made = graphs.Graphs(card.forward, torch.device("cpu"), PAGE_SIZE)
+    made = graphs.Graphs(card.whole, torch.device("cpu"), PAGE_SIZE)
     made.replay(batch([3, 40, 20, 7], 3))
     made.replay(batch([5, 6, 9], 1))
     tokens = card.seen[-1]
@@ -99,7 +100,7 @@ def test_a_smaller_step_leaves_nothing_of_the_one_before_it(card):
 
 
 def test_a_graph_is_captured_once_for_each_size_and_reach(card):
-    made = graphs.Graphs(card.forward, torch.device("cpu"), PAGE_SIZE)
+    made = graphs.Graphs(card.whole, torch.device("cpu"), PAGE_SIZE)
     for rows, last in ((3, 5), (4, 9), (4, KV_SPLIT), (4, 3 * KV_SPLIT), (5, 1)):
         made.replay(batch([last] * rows, last // PAGE_SIZE + 1))
     # 4 rows of 1, 2 and 4 splits, and 8 rows of 1: two runs each, before and while it is captured.
@@ -116,7 +117,7 @@ def test_only_steps_of_single_tokens_are_graphs():
 
 
 def test_what_the_device_may_still_read_is_waited_for_before_it_is_overwritten(card):
-    made = graphs.Graphs(card.forward, torch.device("cpu"), PAGE_SIZE)
+    made = graphs.Graphs(card.whole, torch.device("cpu"), PAGE_SIZE)
     made.replay(batch([3], 1))
     made.replay(batch([4], 1))
     assert card.order == ["waited", "copied"] * 2

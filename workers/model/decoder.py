@@ -64,29 +64,37 @@ class Decoder:
                 tables[id(layer.rope)] = backend.prepare_rope(rope_table(layer.rope, context))
         self.layers = [load.layer(index, tables[id(layer.rope)]) for index, layer in enumerate(config.layers)]
 
-    def forward(self, ops: Ops, tokens: Tokens, kv: Sequence[KVPages]) -> Array:
-        """One step: the tokens of the flat batch to hidden states [T, H] after the final norm. Writes K and V to their slots."""
+    def forward(self, ops: Ops, tokens: Tokens, kv: Sequence[KVPages]) -> tuple[Array, Array]:
+        """One step: what the tokens of the flat batch attend to in the last layer [T, Hq * D], and the residual there [T, H]. What follows
+        concerns nobody but those of whom logits are wanted. Writes K and V to their slots."""
         config = self.config
         residual = ops.embed(tokens, self.embedding, config.embedding_scale)
         x = ops.rmsnorm(residual, self.layers[0].attention_norm, config.norm_eps)
-        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
-        for layer, pages, next_norm in zip(self.layers, kv, next_norms, strict=True):
-            x = self._attend(ops, layer, x, tokens, pages)
-            x, residual = ops.add_rmsnorm(x, residual, layer.mlp_norm, config.norm_eps)
-            x = self._feed_forward(ops, layer, x)
-            x, residual = ops.add_rmsnorm(x, residual, next_norm, config.norm_eps)
-        return x
+        for layer, pages, following in zip(self.layers, kv, self.layers[1:], strict=False):
+            x, residual = self._after_attention(ops, layer, self._attend(ops, layer, x, tokens, pages), residual, following.attention_norm)
+        return self._attend(ops, self.layers[-1], x, tokens, kv[-1]), residual
+
+    def finish(self, ops: Ops, attended: Array, residual: Array) -> Array:
+        """Rows of `forward`'s results to hidden states [B, H] after the final norm."""
+        return self._after_attention(ops, self.layers[-1], attended, residual, self.final_norm)[0]
 
     def logits(self, ops: Ops, hidden: Array) -> Array:
-        """Rows of `forward`'s result [B, H] to logits [B, V]."""
+        """Hidden states [B, H] to logits [B, V]."""
         return ops.linear(hidden, self.head)
 
     def _attend(self, ops: Ops, layer: Layer, x: Array, tokens: Tokens, pages: KVPages) -> Array:
         config = self.config
         qkv = ops.linear(x, layer.qkv)
         q = ops.rope_write_kv(qkv, self.heads, layer.rope, layer.q_norm, layer.k_norm, config.norm_eps, pages, tokens)
-        x = ops.linear(ops.attention(q, self.heads, pages, tokens, config.attention_scale, layer.window), layer.output)
-        return x if layer.post_attention_norm is None else ops.rmsnorm(x, layer.post_attention_norm, config.norm_eps)
+        return ops.attention(q, self.heads, pages, tokens, config.attention_scale, layer.window)
+
+    def _after_attention(self, ops: Ops, layer: Layer, attended: Array, residual: Array, next_norm: Prepared) -> tuple[Array, Array]:
+        """The rest of a layer: the next one's normed input, and the residual there."""
+        eps = self.config.norm_eps
+        x = ops.linear(attended, layer.output)
+        x = x if layer.post_attention_norm is None else ops.rmsnorm(x, layer.post_attention_norm, eps)
+        x, residual = ops.add_rmsnorm(x, residual, layer.mlp_norm, eps)
+        return ops.add_rmsnorm(self._feed_forward(ops, layer, x), residual, next_norm, eps)
 
     def _feed_forward(self, ops: Ops, layer: Layer, x: Array) -> Array:
         config = self.config
