@@ -300,15 +300,23 @@ class CpuProgram:
         self._model, self._kv = model, kv
         self._tape, at = recorder.program(engine, [logits])
         self._logits, self._width = at(logits), logits.width
+        self._viewed: tuple[tuple[int, int], np.ndarray] | None = None
+        """Address and rows of the logits of the last step, and these: from one step to the next they mostly stand where they stood."""
         self._works = recorder.works()
 
     def run(self, batch: Batch, picks: np.ndarray) -> np.ndarray:
         self._tape.run(batch.ids, batch.positions, batch.slots, batch.query_start, batch.pages, batch.parents, picks, [])
-        return self._tape.view(self._logits, self._width)
+        return self._view(len(picks))
 
     def logits(self, picks: np.ndarray) -> np.ndarray:
         self._tape.pick(picks)
-        return self._tape.view(self._logits, self._width)
+        return self._view(len(picks))
+
+    def _view(self, rows: int) -> np.ndarray:
+        place = self._tape.address(self._logits), rows
+        if self._viewed is None or self._viewed[0] != place:
+            self._viewed = place, self._tape.view(self._logits, self._width)
+        return self._viewed[1]
 
     def times(self) -> list[tuple[Work, int]]:
         """Nanoseconds that each op took in all runs since this was called last, in the order of the tape. From the first call on."""

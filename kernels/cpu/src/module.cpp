@@ -297,7 +297,9 @@ class Program {
         tape_.pick(static_cast<const int32_t*>(picks.data()), picks.size());
     }
 
-    // A value of the last step, where it stands.
+    // Where a value of the last step stands, and the value there.
+    Address address(Place place) { return reinterpret_cast<Address>(tape_.at(place)); }
+
     nb::ndarray<nb::numpy, float> view(Place place, int64_t width) {
         return {tape_.at(place), {static_cast<size_t>(tape_.rows_of(place)), static_cast<size_t>(width)}, nb::find(this)};
     }
@@ -401,6 +403,7 @@ NB_MODULE(_native, m) {
         .def("rows", &Program::rows)
         .def("run", &Program::run)
         .def("pick", &Program::pick)
+        .def("address", &Program::address)
         .def("view", &Program::view)
         .def("times", &Program::times);
 }
