@@ -3,7 +3,7 @@ are sorted. `Company` is what they need of those checks."""
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Company(Protocol):
 
 def checks(
     company: Company, kinds: list[str], weight_of: Callable[[str, int, int], Weight], error_of: Callable, bound: float
-) -> Iterator[tuple[str, Callable[[], float], float]]:
+) -> Iterator[tuple[str, Callable[[], Any], float]]:
     """Name, what gives the error, and the most that it may be."""
     few = [(1, 96, 64), (40, 96, 64), (70, 160, 96)]
     for kind in kinds:
@@ -83,7 +83,8 @@ class Mixture:
         x = x.to(self.company.device)
         return ops.experts(x, ops.route(x, router, USED, True), gate_up, down, "silu")
 
-    def error(self, rows: int, error_of: Callable) -> float:
+    def error(self, rows: int, error_of: Callable) -> Any:
+        """What `error_of` says of the op beside the reference."""
         x = self.inputs(rows)
         activations = "auto" if self.rounds else "f32"
         gate_up, down = ([prepare(stack, None, CPU, activations) for stack in stacks] for stacks in (self.gate_up, self.down))
@@ -132,7 +133,7 @@ def _is_sorted(routing: Routing, tokens: int, used: int) -> bool:
 
 def chosen_wrongly(company: Company) -> float:
     """How far weights are from the reference's; 1 where the choice is another."""
-    worst, logits = 0.0, random(9, 21, seed=4) * 3
+    apart, logits = [], random(9, 21, seed=4) * 3
     logits[0] = 0.0
     logits[1, 5:9] = 7.0
     logits[2, 3] = torch.nan
@@ -144,5 +145,5 @@ def chosen_wrongly(company: Company) -> float:
             return 1.0
         if got.chosen[2, 0] != 3 or not got.weights[2].isnan().all():
             return 1.0
-        worst = max(worst, float((got.weights.cpu() - expected.weights)[known].abs().max()))
-    return worst
+        apart.append(float((got.weights.cpu() - expected.weights)[known].abs().max()))
+    return float(np.max(apart))

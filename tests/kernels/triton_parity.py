@@ -4,8 +4,9 @@ it is imported how kernels run.
     python -m tests.kernels.triton_parity --device cuda              all types
     TRITON_INTERPRET=1 python -m tests.kernels.triton_parity --device cpu    float32 alone: the interpreter rounds other types wrongly
 
-Prints a line of JSON for each check, `{"check": …, "type": …, "error": …, "bound": …, "ok": …}`, and ends with 1 if one fails. Errors are
-‖out − reference‖ / ‖reference‖; those of invariance are counts of values that are not the same bits.
+Prints a line of JSON for each check, `{"check": …, "type": …, "error": …, "largest": …, "bound": …, "ok": …}`, and ends with 1 if one
+fails. Errors are ‖out − reference‖ / ‖reference‖, with the largest |out − reference| beside them; those of invariance are counts of values
+that are not the same bits. `scripts/kernel-parity` makes a table of them.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random as random_numbers
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,9 +88,24 @@ def eight_bits(kind: str, n: int, k: int) -> Weight:
     return ScaledFloat(codes, dice.uniform(0.001, 0.01, (n, 1)).astype(np.float32), (1, k), InputRounding("e4m3"))
 
 
-def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:
+class Difference(NamedTuple):
+    """Of values from what they should be."""
+
+    relative: float
+    """Norm of the differences beside that of what should be."""
+    largest: float
+    """The largest difference."""
+
+
+def error_of(got: torch.Tensor, expected: torch.Tensor) -> Difference:
     got, expected = got.float().cpu(), expected.float().cpu()
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+    apart = got - expected
+    return Difference(float(apart.norm() / expected.norm().clamp_min(1e-30)), float(apart.abs().max()))
+
+
+def worst(differences: Iterable[Difference]) -> Difference:
+    """The largest of each; NaN where there is one, which `max` may pass over."""
+    return Difference(*np.max(list(differences), 0).tolist())
 
 
 class Checks:
@@ -100,7 +117,7 @@ class Checks:
         self.device, self.dtype = torch.device(device), dtype
         self.full = device != "cpu"
 
-    def all(self) -> Iterator[tuple[str, Callable[[], float], float]]:
+    def all(self) -> Iterator[tuple[str, Callable[[], float | Difference], float]]:
         """Name, what gives the error, and the most that it may be."""
         bound = BOUNDS[self.dtype]
         kinds = ["float32"] if self.dtype == torch.float32 else ["bfloat16" if self.dtype == torch.bfloat16 else "float16"]
@@ -141,7 +158,7 @@ class Checks:
         self.backend._prepared.clear()
         return self.backend.prepare("w", lambda: weights, bias)
 
-    def linear(self, kind: str, rows: int, n: int, k: int) -> float:
+    def linear(self, kind: str, rows: int, n: int, k: int) -> Difference:
         weight, x = weight_of(kind, n, k), random(rows, k).to(self.dtype)
         expected = REFERENCE.linear(x.float(), prepare_reference([weight], None, torch.device("cpu"), "auto" if weight.inputs else "f32"))
         return error_of(self.ops.linear(self.on(x), self.prepared(weight)), expected)
@@ -154,31 +171,31 @@ class Checks:
         cuts = [(0, 1), (5, 6), (3, 19), (1, 18), (20, 36), (30, 94), (7, 140), *([(100, 300)] if self.full else [])]
         return sum(int((self.ops.linear(x[a:b].contiguous(), w) != whole[a:b]).sum()) for a, b in cuts)
 
-    def stacked(self) -> float:
+    def stacked(self) -> Difference:
         kind = "float32" if self.dtype == torch.float32 else "bfloat16"
         weights, bias = [weight_of(kind, n, 96) for n in (48, 16, 16)] + [weight_of("int8", 24, 96)], random(104, seed=3)
         x = random(5, 96).to(self.dtype)
         expected = REFERENCE.linear(x.float(), REFERENCE.prepare(weights, bias))
         return error_of(self.ops.linear(self.on(x), self.prepared(*weights, bias=bias.numpy())), expected)
 
-    def embed(self) -> float:
-        worst = 0.0
+    def embed(self) -> Difference:
+        found = []
         for kind in ("float32", "bfloat16", "int4", "int8", "e4m3 blocks", "int8 x int8"):
             weight, ids = weight_of(kind, 50, 96), torch.tensor([3, 49, 0, 3], dtype=torch.int32)
             expected = REFERENCE.embed(ids, REFERENCE.prepare_table(weight), 2.5)
             got = self.ops.embed(StepTokens(*[ids.to(self.device)] * 5, 1, ()), self.prepared(weight), 2.5)
-            worst = max(worst, error_of(got, expected))
-        return worst
+            found.append(error_of(got, expected))
+        return worst(found)
 
-    def norm(self, residual: bool) -> float:
+    def norm(self, residual: bool) -> Difference:
         x, r, w = random(9, 100).to(self.dtype), random(9, 100, seed=1), random(100, seed=2)
         weight = self.backend.prepare_vector(w.numpy())
         if not residual:
             return error_of(self.ops.rmsnorm(self.on(x), weight, 1e-5), REFERENCE.rmsnorm(x.float(), w, 1e-5))
         got = self.ops.add_rmsnorm(self.on(x), self.on(r, torch.float32), weight, 1e-5)
-        return max(error_of(*pair) for pair in zip(got, REFERENCE.add_rmsnorm(x.float(), r, w, 1e-5), strict=True))
+        return worst(error_of(*pair) for pair in zip(got, REFERENCE.add_rmsnorm(x.float(), r, w, 1e-5), strict=True))
 
-    def gated(self, activation: str) -> float:
+    def gated(self, activation: str) -> Difference:
         x = (random(7, 2 * 90) * 4).to(self.dtype)
         return error_of(self.ops.gated(self.on(x), activation), REFERENCE.gated(x.float(), activation))
 
@@ -201,8 +218,8 @@ class Checks:
     def tokens(self, batch: Batch) -> StepTokens:
         return StepTokens.of(batch, self.device)
 
-    def rope(self, heads: HeadShape, kind: str) -> float:
-        worst = 0.0
+    def rope(self, heads: HeadShape, kind: str) -> Difference:
+        found = []
         for interleaved in (False, True):
             for norms in (False, True):
                 batch = paged(heads, 16, [20, 3, 33], [20, 1, 7])
@@ -217,22 +234,22 @@ class Checks:
                 on_device = [None if w is None else w.to(self.device) for w in weights]
                 tokens = self.tokens(batch.extents.batch())
                 got = self.ops.rope_write_kv(self.on(qkv), heads, self.backend.prepare_rope(table), *on_device, 1e-5, kv, tokens)
-                worst = max(worst, error_of(got, expected))
+                found.append(error_of(got, expected))
                 for which, (room, right) in enumerate(((kv.keys, expected_kv.keys), (kv.values, expected_kv.values))):
                     room = room.float().cpu()
                     if kv.scales is not None:
                         room *= kv.scales[:, :, which].cpu()[..., None]
                     written = ~right.isnan()
-                    worst = max(worst, error_of(room[written], right[written]))
+                    found.append(error_of(room[written], right[written]))
                     assert not room[~written].any(), "something was written beside the slots"
-        return worst
+        return worst(found)
 
     def attend(self, batch: Paged, q: torch.Tensor, window: int | None, extents: Batch | None = None) -> torch.Tensor:
         kv = self.pages_of(batch)
         tokens = self.tokens(extents or batch.extents.batch())
         return self.ops.attention(self.on(q, kv.multiplied_as), batch.heads, kv, tokens, batch.heads.dim**-0.5, window)
 
-    def attention(self, heads: HeadShape, kind: str, window: int | None, scale: float = 1.0) -> float:
+    def attention(self, heads: HeadShape, kind: str, window: int | None, scale: float = 1.0) -> Difference:
         contexts = ([700, 5, 130, 64, 1], [1, 5, 40, 1, 1]) if self.full else ([300, 5, 40], [1, 5, 30])
         batch = paged(heads, 16, *contexts)
         batch.kv.values.mul_(scale)
@@ -269,7 +286,7 @@ class Check:
 
     name: str
     dtype: torch.dtype
-    error: Callable[[], float]
+    error: Callable[[], float | Difference]
     bound: float
 
     @property
@@ -284,8 +301,9 @@ class Check:
         """Its line."""
         line, begun = {"check": self.name, "type": self.type, "bound": self.bound}, time.perf_counter()
         try:
-            error = self.error()
-            line |= {"error": error, "ok": error <= self.bound}
+            found = self.error()
+            error, largest = found if isinstance(found, Difference) else (found, None)
+            line |= {"error": error, "largest": largest, "ok": error <= self.bound}
         except Exception as failure:
             line |= {"error": None, "ok": False, "why": f"{failure!r}"[:400], "where": traceback.format_exc()[-1500:]}
         return line | {"seconds": round(time.perf_counter() - begun, 2)}
