@@ -36,6 +36,8 @@ from tests.kernels.experts_parity import checks as experts_checks
 from tests.kernels.paged import Paged, dense, paged, random
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+ROUNDED_ONCE = {torch.float32: 2e-6, torch.float16: 2.9e-4, torch.bfloat16: 2.3e-3}
+"""Where nothing but the result is rounded to the type: to the nearest makes 2.1e-4 and 1.7e-3, cutting makes twice as much."""
 REFERENCE = ReferenceOps()
 
 
@@ -119,22 +121,22 @@ class Checks:
 
     def all(self) -> Iterator[tuple[str, Callable[[], float | Difference], float]]:
         """Name, what gives the error, and the most that it may be."""
-        bound = BOUNDS[self.dtype]
+        bound, once = BOUNDS[self.dtype], ROUNDED_ONCE[self.dtype]
         kinds = ["float32"] if self.dtype == torch.float32 else ["bfloat16" if self.dtype == torch.bfloat16 else "float16"]
         shapes = [(64, 96), (100, 576), (72, 2048 + 32), (256, 640)]
         kinds += ["int4", "int8", "int4 zeros", "int4 in long groups", "e4m3 blocks", *EIGHT_BITS]
         for kind in kinds:
             for n, k in shapes if "blocks" in kind else shapes[:3]:
                 for rows in (1, 17, 150) if self.full and (n, k) == shapes[-1] else (1, 17) if (n, k) == shapes[1] else (17,):
-                    most = max(bound, FLOAT8_BOUND) if kind.startswith("e4m3 x") else bound
+                    most = max(once, FLOAT8_BOUND) if kind.startswith("e4m3 x") else once
                     yield f"linear {kind} {rows}x{n}x{k}", lambda a=(kind, rows, n, k): self.linear(*a), most
             yield f"linear {kind} rows alone and together", lambda kind=kind: self.linear_rows(kind), 0
-        yield "linear stacked with bias", self.stacked, bound
-        yield "embed", self.embed, bound
-        yield "rmsnorm", lambda: self.norm(False), bound
-        yield "add_rmsnorm", lambda: self.norm(True), bound
+        yield "linear stacked with bias", self.stacked, once
+        yield "embed", self.embed, once
+        yield "rmsnorm", lambda: self.norm(False), once
+        yield "add_rmsnorm", lambda: self.norm(True), once
         for activation in ("silu", "gelu_tanh"):
-            yield f"gated {activation}", lambda a=activation: self.gated(a), bound
+            yield f"gated {activation}", lambda a=activation: self.gated(a), once
         if self.dtype == torch.float32:
             for shape in ("flat", "peaked", "ties", "infinite"):
                 yield f"sampling {shape}", lambda shape=shape: self.sampling(shape), 0
@@ -142,7 +144,7 @@ class Checks:
         for heads in (HeadShape(6, 2, 24), HeadShape(4, 4, 64), HeadShape(8, 2, 128)):
             for kind in [*pages, *SCALED]:
                 worse = {"int8": 1.2e-2, "fp8": 5e-2}.get(kind, 0)
-                yield f"rope_write_kv {heads} {kind}", lambda a=(heads, kind): self.rope(*a), max(bound, worse)
+                yield f"rope_write_kv {heads} {kind}", lambda a=(heads, kind): self.rope(*a), max(once, worse)
                 for window in (None, 40):
                     yield f"attention {heads} {kind} window {window}", lambda a=(heads, kind, window): self.attention(*a), max(bound, worse)
                 if kind in SCALED:
