@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 MOST_PROCESSES = 15
+TYPES = ("bfloat16", "float16", "float32")
 _CASE = re.compile(
     r" (HeadShape\(.*?\)|\d+(x\d+)+|silu|gelu_tanh|sorted|chosen|window \w+|of small values|rows alone and together|trees as paths)"
 )
@@ -147,17 +148,20 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="scripts/kernel-parity", description="Every Triton kernel beside the reference.")
     parser.add_argument("--device", default="cpu", help="default: cpu, by the backend in kernels/triton_cpu")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the checks whose name and type contain this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the checks whose name contains this")
+    parser.add_argument("--type", nargs="+", default=TYPES, choices=TYPES, help="of activations; default: all")
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
-    titles = [check.title for check in every(arguments.device)]
-    numbers = [number for number, title in enumerate(titles) if arguments.only in title]
+    checks = every(arguments.device)
+    numbers = [number for number, check in enumerate(checks) if arguments.only in check.name and check.type in arguments.type]
     begun, lines = time.perf_counter(), []
     for line in outcomes(arguments.device, numbers):
         number = line.pop("number")
         lines.append(line)
         if not line["ok"]:
-            print(f"WRONG {titles[number]}", {key: value for key, value in line.items() if key != "where"}, line.get("where", "")[-800:])
+            print(
+                f"WRONG {checks[number].title}", {key: value for key, value in line.items() if key != "where"}, line.get("where", "")[-800:]
+            )
         if len(lines) % 20 == 0:
             print(f"{len(lines):4} of {len(numbers)} checks after {time.perf_counter() - begun:.0f} s", flush=True)
     rows = table(lines)
