@@ -22,7 +22,8 @@ from pathlib import Path
 MOST_PROCESSES = 15
 TYPES = ("bfloat16", "float16", "float32")
 _CASE = re.compile(
-    r" (HeadShape\(.*?\)|\d+(x\d+)+|silu|gelu_tanh|sorted|chosen|window \w+|of small values|rows alone and together|trees as paths)"
+    r" (HeadShape\(.*?\)|\d+(x\d+)+|silu|gelu_tanh|sorted|chosen|window \w+|of small values|at ends of pages|of no rows|"
+    r"rows alone and together|trees as paths)"
 )
 """What a check's name says beside the op and the kind of its weights or pages."""
 

@@ -1,7 +1,6 @@
 """The checks of `triton_parity.py` for mixtures of experts: what they give beside the reference, in any company to the bit, and how tokens
 are sorted. `Company` is what they need of those checks."""
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -39,9 +38,7 @@ def checks(
         for rows, *sizes in [*few, (700, 640, 1088)] if company.full else few:
             name = f"experts {kind} {'x'.join(map(str, (rows, *sizes)))}"
             yield name, lambda a=(kind, *sizes), n=rows: Mixture(company, weight_of, *a).error(n, error_of), most
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            # The interpreter takes minutes, and its rows know their neighbours anyway.
-            yield f"experts {kind} rows alone and together", lambda kind=kind: Mixture(company, weight_of, kind, 160, 1088).rows(), 0
+        yield f"experts {kind} rows alone and together", lambda kind=kind: Mixture(company, weight_of, kind, 160, 1088).rows(), 0
     yield "experts sorted", lambda: sorted_wrongly(company), 0
     yield "experts chosen", lambda: chosen_wrongly(company), 1e-6
 

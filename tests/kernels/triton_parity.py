@@ -144,13 +144,19 @@ class Checks:
         for heads in (HeadShape(6, 2, 24), HeadShape(4, 4, 64), HeadShape(8, 2, 128)):
             for kind in [*pages, *SCALED]:
                 worse = {"int8": 1.2e-2, "fp8": 5e-2}.get(kind, 0)
-                yield f"rope_write_kv {heads} {kind}", lambda a=(heads, kind): self.rope(*a), max(once, worse)
+                stored = max(once, ROUNDED_ONCE[torch.bfloat16] if kind == "bf16" else 0)
+                yield f"rope_write_kv {heads} {kind}", lambda a=(heads, kind): self.rope(*a), max(stored, worse)
                 for window in (None, 40):
                     yield f"attention {heads} {kind} window {window}", lambda a=(heads, kind, window): self.attention(*a), max(bound, worse)
                 if kind in SCALED:
                     yield f"attention {heads} {kind} of small values", lambda a=(heads, kind, None, 1e-4): self.attention(*a), 2e-3
                 yield f"attention {heads} {kind} rows alone and together", lambda a=(heads, kind): self.attention_rows(*a), 0
                 yield f"attention {heads} {kind} trees as paths", lambda a=(heads, kind): self.trees(*a), 0
+        for kind in [*pages, *SCALED]:
+            worse = {"int8": 1.2e-2, "fp8": 5e-2}.get(kind, 0)
+            heads = HeadShape(9, 3, 64)
+            yield f"attention {heads} {kind} at ends of pages", lambda a=(heads, kind): self.attention_at_ends(*a), max(bound, worse)
+        yield "linear of no rows", self.no_rows, 0
         yield from experts_checks(self, [kinds[0], "int4", "int8", *EIGHT_BITS], weight_of, error_of, bound)
 
     def on(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -224,10 +230,10 @@ class Checks:
         found = []
         for interleaved in (False, True):
             for norms in (False, True):
-                batch = paged(heads, 16, [20, 3, 33], [20, 1, 7])
+                batch = paged(heads, 16, [20, 3, 33, 16, 48], [20, 1, 7, 16, 0])
                 width = (heads.query_heads + 2 * heads.kv_heads) * heads.dim
                 qkv = random(batch.tokens, width, seed=5).to(self.dtype)
-                angles = random(40, heads.dim // 2 - 2 * (not interleaved), seed=6)
+                angles = random(48, heads.dim // 2 - 2 * (not interleaved), seed=6)
                 table = RopeTable(angles.cos().numpy(), angles.sin().numpy(), interleaved)
                 weights = [random(heads.dim, seed=s) if norms else None for s in (8, 9)]
                 expected_kv = batch.empty()
@@ -259,6 +265,25 @@ class Checks:
         q = batch.query().to(TYPES["f16" if kind in SCALED else kind])
         expected = REFERENCE.attention(q.float(), heads, batch.kv, batch.extents, heads.dim**-0.5, window)
         return error_of(self.attend(batch, q, window), expected)
+
+    def attention_at_ends(self, heads: HeadShape, kind: str) -> Difference:
+        """Contexts that end with a page or a split, or begin one, and a request without rows."""
+        batch = paged(heads, 16, [16, 32, 33, 48, 257, 256], [16, 1, 2, 0, 1, 17]).stored(kind)
+        q = batch.query().to(TYPES["f16" if kind in SCALED else kind])
+        expected = REFERENCE.attention(q.float(), heads, batch.kv, batch.extents, heads.dim**-0.5, None)
+        return error_of(self.attend(batch, q, None), expected)
+
+    def no_rows(self) -> int:
+        """Ops that give rows where there are none."""
+        heads = HeadShape(2, 1, 16)
+        batch = paged(heads, 16, [20], [0]).stored("f32")
+        given = [
+            self.ops.linear(self.on(torch.empty(0, 96)), self.prepared(weight_of("float32", 64, 96))),
+            self.ops.rmsnorm(self.on(torch.empty(0, 96)), self.backend.prepare_vector(np.ones(96, np.float32)), 1e-5),
+            self.ops.gated(self.on(torch.empty(0, 96)), "silu"),
+            self.attend(batch, batch.query(), None),
+        ]
+        return sum(x.numel() for x in given)
 
     def attention_rows(self, heads: HeadShape, kind: str) -> float:
         """Chunks of one, of some, and all at once, alone and among others."""
@@ -315,7 +340,11 @@ def every(device: str) -> list[Check]:
     """All checks, in the same order every time."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     dtypes = [torch.float32] if interpreted else [torch.bfloat16, torch.float16, torch.float32]
-    return [Check(name, dtype, error, bound) for dtype in dtypes for name, error, bound in Checks(device, dtype).all()]
+    checks = [Check(name, dtype, error, bound) for dtype in dtypes for name, error, bound in Checks(device, dtype).all()]
+    if interpreted:
+        # It multiplies matrices by a BLAS, whose rows know their neighbours, and rounds to float8 wrongly.
+        return [check for check in checks if check.bound and "e4m3 x" not in check.name and "fp8" not in check.name]
+    return checks
 
 
 def main() -> None:
