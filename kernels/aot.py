@@ -2,12 +2,13 @@
 
     with compiling_for("sm_90") as kernels:       launches as in production, on tensors of the device "meta"
         ops.linear(x, weight)
-    kernels[0].registers, .spills, .shared, .tensor_core, .wide_loads
+    kernels[0].registers, .spills, .shared, .tensor_core, .loads, .wide_loads
 
 Triton's own launcher specializes every kernel, by the very arguments of the launch, under a stand-in for the GPU's driver; nothing runs.
 Machine code of NVIDIA's GPUs is read with the disassembler that Triton brings along, that of AMD's from the assembly it prints.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -23,6 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from headrace.kernels.aot_loads import Load, loads_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,6 +60,8 @@ class Compiled:
     """Bytes a block."""
     warps: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
+    loads: dict[str, Load] = field(default_factory=dict)
+    """By argument, as they were passed when this was launched first."""
 
     @property
     def tensor_core(self) -> Counter[str]:
@@ -69,34 +74,9 @@ class Compiled:
 
     @property
     def wide_loads(self) -> float:
-        """Share of the bytes of global loads that come 16 at a time, or by the tensor memory accelerator, as they stand in the code."""
-        every = wide = 0
-        for opcode, count in self.opcodes.items():
-            size = load_bytes(opcode)
-            every += size * count
-            wide += size * count if size >= 16 else 0
-        return wide / every if every else 1.0
-
-
-def load_bytes(opcode: str) -> int:
-    """Bytes a thread loads from global memory by an instruction; 0 for other instructions."""
-    if opcode.startswith(("LDGSTS", "LDG")) and not opcode.startswith("LDGDEPBAR"):
-        return (
-            16
-            if ".128" in opcode
-            else 8
-            if ".64" in opcode
-            else 1
-            if re.search(r"\.[US]8\b", opcode)
-            else 2
-            if re.search(r"\.[US]16\b", opcode)
-            else 4
-        )
-    if opcode.startswith(("UTMALDG", "UBLKCP")):
-        return 16
-    if match := re.match(r"(?:global|buffer)_load_(dwordx4|dwordx3|dwordx2|dword|\w*short|\w*byte)", opcode):
-        return {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}.get(match[1], 2 if "short" in match[1] else 1)
-    return 0
+        """Share of the bytes of the tensors that are loaded from, each counted once, which come 16 at a time a thread."""
+        every = sum(load.bytes for load in self.loads.values())
+        return sum(load.bytes * load.wide for load in self.loads.values()) / every if every else 1.0
 
 
 class StandIn:
@@ -134,7 +114,7 @@ def compiling_for(target: str) -> Iterator[list[Compiled]]:
             return None
         if id(kernel) not in known:
             known.add(id(kernel))
-            found.append(_read(self.fn.__name__, target, kernel))
+            found.append(_read(self.fn.__name__, target, kernel, dict(zip(self.arg_names, arguments, strict=False))))
         return kernel
 
     before = driver._active
@@ -147,8 +127,10 @@ def compiling_for(target: str) -> Iterator[list[Compiled]]:
         driver._active = before
 
 
-def _read(name: str, target: str, kernel: Any) -> Compiled:
+def _read(name: str, target: str, kernel: Any, arguments: dict[str, Any]) -> Compiled:
     metadata = kernel.metadata
+    passed = [argument for argument, kind in kernel.src.signature.items() if kind != "constexpr"]
+    found = loads_of(kernel.asm["llir"], passed, arguments)
     if "cubin" not in kernel.asm:
         assembly = kernel.asm["amdgcn"]
         return Compiled(
@@ -160,18 +142,24 @@ def _read(name: str, target: str, kernel: Any) -> Compiled:
             metadata.shared,
             metadata.num_warps,
             Counter(_AMD_OPCODE.findall(assembly)),
+            found,
         )
+    return Compiled(name, target, None, *_nvidia(kernel.asm["cubin"], metadata.shared, metadata.num_warps), found)
+
+
+@functools.cache
+def _nvidia(cubin: bytes, shared: int, warps: int) -> tuple[int, int, int, int, Counter[str]]:
+    """Registers, spills, shared memory, warps, instructions: once, as models have kernels in common and this takes as long as compiling."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
         # The instructions alone: what jumps where is not asked, and would take as long again.
         code = _output(tools / "nvdisasm", "-c", "-ndf", file.name)
-    opcodes = Counter(_NVIDIA_OPCODE.findall(code))
     # Without a spill a thread has no stack: nothing here is indexed at run time.
     spills = _number(usage, r"STACK:(\d+)") + _number(usage, r"LOCAL:(\d+)")
-    return Compiled(name, target, None, _number(usage, r"REG:(\d+)"), spills, metadata.shared, metadata.num_warps, opcodes)
+    return _number(usage, r"REG:(\d+)"), spills, shared, warps, Counter(_NVIDIA_OPCODE.findall(code))
 
 
 def _number(text: str, pattern: str) -> int:

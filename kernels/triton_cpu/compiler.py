@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from triton import knobs
 from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
@@ -65,8 +66,9 @@ class CpuBackend(BaseBackend):
         return target.backend == "headrace_cpu"
 
     def parse_options(self, options: dict) -> CpuOptions:
-        known = CpuOptions.__dataclass_fields__
-        chosen = {name: value for name, value in options.items() if name in known and name != "checked"}
+        # What only a GPU has a use for makes no other kernel here.
+        known = CpuOptions.__dataclass_fields__.keys() - {"checked", "num_warps", "num_stages", "maxnreg"}
+        chosen = {name: value for name, value in options.items() if name in known}
         if checked():  # assertions are checks too
             chosen["debug"] = True
         return CpuOptions(**chosen, checked=checked())
@@ -90,12 +92,16 @@ class CpuBackend(BaseBackend):
     def pack_metadata(self, metadata: Any) -> tuple:
         return ()
 
-    @functools.cache  # noqa: B019
     def hash(self) -> str:
-        """Changes with everything that a shared object is made by."""
-        files = b"".join(path.read_bytes() for path in sorted((*RUNTIME.parent.glob("*.hpp"), *RUNTIME.parent.glob("*.py"))))
-        machine = re.search(r"^flags.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return hashlib.sha256(files + (machine[0] if machine else "").encode() + " ".join((COMPILER, *FLAGS)).encode()).hexdigest()
+        return _made_by()
+
+
+@functools.cache
+def _made_by() -> str:
+    """Changes with everything that a shared object is made by."""
+    files = b"".join(path.read_bytes() for path in sorted((*RUNTIME.parent.glob("*.hpp"), *RUNTIME.parent.glob("*.py"))))
+    machine = re.search(r"^flags.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return hashlib.sha256(files + (machine[0] if machine else "").encode() + " ".join((COMPILER, *FLAGS)).encode()).hexdigest()
 
 
 def _simplified(module: Any, metadata: dict) -> Any:
@@ -119,13 +125,32 @@ def _cpp(text: str, metadata: dict) -> str:
 
 
 def _shared_object(source: str, with_checks: bool) -> bytes:
+    flags = (*FLAGS, "-fPIC", *(["-DHEADRACE_TRITON_CHECKED"] if with_checks else []))
     with tempfile.TemporaryDirectory(prefix="headrace-triton-") as folder:
         path, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
         path.write_text(source)
-        flags = (*FLAGS, f"-I{RUNTIME.parent}", *(["-DHEADRACE_TRITON_CHECKED"] if with_checks else []))
-        ended = subprocess.run(
-            [COMPILER, *flags, "-shared", "-fPIC", str(path), "-o", str(made)], capture_output=True, text=True, check=False
-        )
-        if ended.returncode:
-            raise RuntimeError(f"{COMPILER} refused a lowered kernel:\n{ended.stderr[:2000]}")
+        _compile(*flags, f"-I{_precompiled(flags)}", f"-I{RUNTIME.parent}", "-shared", str(path), "-o", str(made))
         return made.read_bytes()
+
+
+@functools.cache
+def _precompiled(flags: tuple[str, ...]) -> Path:
+    """A folder with what kernels include, compiled: reading it anew would take as long as a small kernel does. It lies beside what Triton
+    keeps."""
+    name = hashlib.sha256("\n".join((_made_by(), *flags)).encode()).hexdigest()[:16]
+    folder = Path(knobs.cache.dir) / f"headrace-{name}"
+    header = folder / "runtime.hpp.gch"
+    if not header.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Another process may be at it too.
+        with tempfile.TemporaryDirectory(dir=folder) as apart:
+            made = Path(apart) / header.name
+            _compile(*flags, "-x", "c++-header", str(RUNTIME), "-o", str(made))
+            made.replace(header)
+    return folder
+
+
+def _compile(*arguments: str) -> None:
+    ended = subprocess.run([COMPILER, *arguments], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"{COMPILER} refused a lowered kernel:\n{ended.stderr[:2000]}")

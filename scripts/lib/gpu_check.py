@@ -30,8 +30,8 @@ from headrace.kernels.triton import TritonBackend
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.names import HUGGINGFACE
 from scripts.lib import gpu_times
-from scripts.lib.gpu_parity import ordered, outcomes
 from scripts.lib.gpu_times import Items, RandomCheckpoint, Run, steps
+from scripts.lib.kernel_parity import line_of, ordered, outcomes, table
 from scripts.lib.step_model import plain_llama
 from tests.kernels import triton_parity
 from tests.serving import Command
@@ -88,7 +88,7 @@ def small_model(results: dict, dtype: torch.dtype, bound: float) -> None:
     every = np.arange(340, dtype=np.int32)
     expected = made["reference"].run(whole, every)
     got = made["triton"].run(whole, every)
-    error = triton_parity.error_of(got, expected)
+    error = triton_parity.error_of(got, expected).relative
     print(
         f"  {dtype}: logits of {len(every)} tokens, relative error {error:.1e}, same most likely token "
         f"{float((got.argmax(-1).cpu() == expected.argmax(-1)).float().mean()):.1%}"
@@ -144,13 +144,8 @@ def compare(results: dict, titles: list[str], numbers: list[int]) -> None:
     finally:
         right = sum(line["ok"] for line in lines)
         print(f"  {right} of {len(lines)} checks are right, {len(numbers) - len(lines)} were not made", flush=True)
-        worst: dict[tuple[str, str], float] = {}
-        for line in lines:
-            if line["error"] is not None and line["bound"]:
-                key = line["check"].split()[0], line["type"]
-                worst[key] = max(worst.get(key, 0.0), line["error"])
-        for (op, kind), error in sorted(worst.items()):
-            print(f"  {op:16} {kind:10} relative error at most {error:.1e}")
+        for row in table(lines):
+            print(" ", line_of(row))
 
 
 def serving(run: Run) -> Items:

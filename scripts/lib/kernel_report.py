@@ -264,13 +264,14 @@ def main() -> None:
     group.add_argument(
         "--step", action="store_true", help="instead: what decode steps of Llama-3-8B move, and a model of how long they take"
     )
+    group.add_argument("--roofline", action="store_true", help="--step, with what each kernel of a step could reach (a model too)")
     arguments = parser.parse_args()
-    if arguments.step:
+    if arguments.step or arguments.roofline:
         print(
             f"Llama-3-8B, requests of 2,048 tokens, keys and values in bfloat16, by the data sheet of the {step_model.H100.name} (a model):"
         )
-        for one in step_model.table(lambda form: lambda n, k: weight(n, k, form, "sm_90"), LLAMA_8B, step_model.Shapes(LLAMA_8B)):
-            print(step_model.line_of(one))
+        for one in decode_steps():
+            print("\n".join([step_model.line_of(one), *(step_model.roofline_of(one) if arguments.roofline else ())]))
         return
     wrong, now = check(arguments.model, arguments.target, lambda line: print(line, flush=True))
     if arguments.write:

@@ -1,5 +1,5 @@
-"""What `scripts/kernel-report --step` tells: the bytes that a decode step moves and the operations it does, launch by launch, and how long
-a card would take for them at the least. A model, not a measurement.
+"""What `scripts/kernel-report --step` and `--roofline` tell: the bytes that a decode step moves and the operations it does, launch by
+launch, and how long a card would take for them at the least. A model, not a measurement.
 
     decoder on meta tensors ─▶ launches, caught ─▶ bytes of their tensors, each read or written once ─┐
     weights, keys and values, each once ─────────────────────────────────────────────────────────────┴▶ share of what must move
@@ -45,6 +45,22 @@ class Card:
 H100 = Card("H100 SXM", 3.35e12, {"bf16": 989e12, "e4m3": 1979e12, "int4": 989e12})
 
 
+@dataclass(slots=True)
+class Work:
+    """Of one kernel in a step, or of one on weights of one shape."""
+
+    kernel: str
+    launches: int = 0
+    moved: float = 0.0
+    """Bytes of all launches."""
+    operations: float = 0.0
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte (the roofline model, doi:10.1145/1498765.1498785)."""
+        return self.operations / self.moved
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A decode step of `requests`, each with `context` tokens."""
@@ -60,6 +76,8 @@ class Step:
     """At the least, all launches."""
     floor: float
     """Seconds that `must` takes."""
+    work: list[Work]
+    """By kernel."""
 
 
 class Weightless(TritonBackend):
@@ -109,7 +127,7 @@ def step(config: DecoderConfig, checkpoint: Any, form: str, make: Callable[[int,
         hidden = decoder.finish(ops, *decoder.forward(ops, tokens, kv))
         decoder.logits(TritonOps(torch.bfloat16, torch.float32), hidden)
     pools = {id(x) for one in kv for x in (one.keys, one.values, one.scales) if x is not None}
-    must, moved, operations, seconds = Counter(), 0.0, 0.0, 0.0
+    must, seconds, work = Counter(), 0.0, {}
     for name, tensors in launches:
         size, done = 0.0, 0.0
         for argument, x in tensors.items():
@@ -126,9 +144,13 @@ def step(config: DecoderConfig, checkpoint: Any, form: str, make: Callable[[int,
             done = 2.0 * requests * values.numel() * (2 if form == "int4" and values.dtype == torch.uint8 else 1)
         elif name == "attention_kernel":
             done = 4.0 * requests * heads.query_heads * heads.dim * context
-        moved, operations = moved + size, operations + done
+        title = f"{name} {' × '.join(map(str, tensors['W'].shape))}" if "W" in tensors else name
+        one = work.setdefault(title, Work(title))
+        one.launches, one.moved, one.operations = one.launches + 1, one.moved + size, one.operations + done
         seconds += max(size / card.bytes_s, done / card.operations_s[form])
-    return Step(form, requests, context, float(sum(must.values())), moved, operations, seconds, sum(must.values()) / card.bytes_s)
+    every, all_work = float(sum(must.values())), list(work.values())
+    moved, operations = sum(one.moved for one in all_work), sum(one.operations for one in all_work)
+    return Step(form, requests, context, every, moved, operations, seconds, every / card.bytes_s, all_work)
 
 
 def table(make: Callable[[str], Callable[[int, int], list[DeviceWeight]]], config: DecoderConfig, checkpoint: Any) -> list[Step]:
@@ -142,6 +164,19 @@ def line_of(one: Step) -> str:
         f"{one.moved / 1e9:6.2f} GB, of which {one.must / one.moved:5.1%} must move ({one.floor * 1e3:.2f} ms); "
         f"{one.operations / 1e12:5.2f} TFLOP"
     )
+
+
+def roofline_of(one: Step, card: Card = H100) -> list[str]:
+    """A line for each kernel of the step: what it could reach at most, and what holds it back."""
+    ridge, lines = card.operations_s[one.form] / card.bytes_s, []
+    for work in one.work:
+        least = max(work.moved / card.bytes_s, work.operations / card.operations_s[one.form])
+        lines.append(
+            f"    {work.kernel:34} {work.launches:4} launches {work.moved / 1e6:9.1f} MB {work.intensity:7.1f} FLOP/byte, at most "
+            f"{min(work.intensity * card.bytes_s, card.operations_s[one.form]) / 1e12:6.1f} TFLOP/s ({least * 1e6:7.1f} µs), bound by "
+            f"{'memory' if work.intensity < ridge else 'products'}"
+        )
+    return lines
 
 
 def plain_llama(hidden: int, heads: int, kv_heads: int, mlp: int, layers: int, vocabulary: int, head_dim: int) -> DecoderConfig:

@@ -16,7 +16,7 @@ if os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
     pytest.skip("there is a GPU: scripts/gpu-check runs the kernels on it", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
-SHARDS = 12
+SHARDS = 4
 
 
 def outcomes(*arguments: str, timeout: float, interpreted: bool = False) -> list[dict]:
@@ -29,29 +29,29 @@ def outcomes(*arguments: str, timeout: float, interpreted: bool = False) -> list
     return lines
 
 
-# A kernel takes seconds to compile, and every check has its own: each tier takes some, `--shard 0 1` by hand takes all.
-@pytest.mark.parametrize("shard", [(7, 80), *(pytest.param((first, 16), marks=pytest.mark.slow) for first in (0, 5, 10))])
-def test_every_op_is_what_the_reference_gives_in_every_type_and_to_the_bit_in_any_batch(shard):
-    found = outcomes("--shard", *map(str, shard), timeout=1200)
+# The short tier takes some, as a kernel takes a second to compile and most checks have kernels of their own.
+def test_some_ops_are_what_the_reference_gives_in_every_type_and_to_the_bit_in_any_batch():
+    found = outcomes("--shard", "7", "80", timeout=600)
     assert {one["type"] for one in found} == {"bfloat16", "float16", "float32"}
     assert [one for one in found if not one["ok"]] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["linear int8 x int8 rows alone", "linear e4m3 x e4m3 rows alone", "experts int8 x int8 rows alone"])
-def test_products_with_inputs_in_8_bits_are_the_same_bits_however_their_sums_are_split(which):
-    found = outcomes("--only", which, timeout=1200)
-    assert len(found) == 3
-    assert [one for one in found if not one["ok"]] == []
+@pytest.mark.parametrize("type", ["bfloat16", "float16", "float32"])
+def test_every_op_is_what_the_reference_gives_and_to_the_bit_in_any_batch(type, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.lib.kernel_parity", "--type", type, "--json", str(tmp_path / "table.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stdout
+    rows = json.loads((tmp_path / "table.json").read_text())["table"]
+    assert sum(row["checks"] for row in rows) > 140
+    assert all(row["wrong"] == 0 and not row["other_bits"] for row in rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_op_is_what_the_reference_gives_in_the_interpreter(shard):
-    # The interpreter multiplies matrices by a BLAS, whose rows know their neighbours, and rounds to float8 wrongly: neither is compared.
-    every = outcomes("--shard", str(shard), str(SHARDS), timeout=300, interpreted=True)
-    found = [one for one in every if one["bound"] and "e4m3 x" not in one["check"] and "fp8" not in one["check"]]
-    assert len(found) > 3
+    found = outcomes("--shard", str(shard), str(SHARDS), timeout=600, interpreted=True)
+    assert len(found) > 10
     assert [one for one in found if not one["ok"]] == []
 
 
@@ -86,22 +86,41 @@ def test_a_product_is_split_by_its_weight_alone_and_whole_blocks_at_a_time(split
 
 
 MODELS, TARGETS = ("Llama-3-8B", "Llama-3-70B/TP8", "Qwen3-32B/TP4"), ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-EXPERTS = pytest.param("Qwen3-30B-A3B", "sm_90", 1, marks=pytest.mark.slow)
-EVERY = [pytest.param(model, target, 1, marks=pytest.mark.slow) for model in MODELS for target in TARGETS]
 
 
-@pytest.mark.parametrize(("model", "target", "every"), [("Llama-3-8B", "sm_90", 7), *EVERY, EXPERTS])
-def test_no_kernel_exceeds_its_budget_on_a_gpu_that_is_not_here(model, target, every, monkeypatch):
+def test_some_kernels_keep_their_budget_on_a_gpu_that_is_not_here(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from scripts.lib.kernel_report import check
 
-    wrong, figures = check([model], [target], every=every)
-    assert len(figures[target]) > 60 // every
+    wrong, figures = check(["Llama-3-8B"], ["sm_90"], every=7)
+    assert len(figures["sm_90"]) > 8
     assert wrong == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [("sm_80", "sm_89"), ("sm_90", "sm_100"), ("sm_120", "gfx942")], ids=" ".join)
+def test_no_kernel_exceeds_its_budget_on_gpus_that_are_not_here(pair):
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.lib.kernel_report", "--check", "--model"]
+    running = []
+    for target in pair:
+        # Of experts, whose kernels are the same otherwise, Hopper's and Blackwell's have a budget.
+        models = [*MODELS, "Qwen3-30B-A3B"] if target in ("sm_90", "sm_100") else MODELS
+        arguments = [*command, *models, "--target", target]
+        running.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT))
+    for target, process in zip(pair, running, strict=True):
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-4000:]
+        assert said.count(target) > 270
+
+
 CORES = {"sm_80": "[HI]MMA", "sm_89": "[HIQ]MMA", "sm_90": "[HIQ]GMMA", "sm_100": r"UTC\w*MMA", "sm_120": "[HIQ]MMA", "gfx942": "v_mfma_"}
-"""What products are computed with. Triton has no int8 for those of sm_100, and multiplies it as Ampere does."""
+"""What products are computed with. For sm_100, tl.dot of Triton 3.7.1 multiplies int8 as Ampere does, and can do nothing else: what
+there is for the tensor cores there, asked for by Gluon's tcgen05_mma, is refused ("'ttng.tc_gen5_mma' op unsupported accumulator
+dtype for operand types 'i8' and 'i8', accumulator dtype is 'i32' but must be one of ['f16', 'f32']")."""
+
+NARROW = {"sm_90": "grouped_kernel"} | dict.fromkeys(("sm_80", "sm_89", "sm_120"), "attention (int8|fp8)")
+"""Where codes come 8 bytes at a time: operands that are converted on their way from shared memory to a tensor core, the first on Hopper,
+the second on cards of before and of desktops. Triton 3.7.1 lays them out there in vectors of 8 values and copies no wider."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -119,7 +138,8 @@ def test_what_the_budget_allows_is_what_products_and_decoding_should_take(target
         for name, one in products.items()
         if not any(re.match(CORES[target], core) for core in one["tensor_core"]) and (target, "int8 x int8" in name) != ("sm_100", True)
     ]
-    assert (spilling, oversized, others) == ([], [], [])
+    narrow = [name for name, one in products.items() if one["wide_loads"] < 0.95 and not re.search(NARROW.get(target, "^$"), name)]
+    assert (spilling, oversized, others, narrow) == ([], [], [], [])
     assert len(products) > 60
 
 
@@ -128,14 +148,40 @@ def test_a_kernel_that_spills_or_loses_its_tensor_cores_is_over_budget(monkeypat
     from collections import Counter
 
     from headrace.kernels.aot import Compiled
+    from headrace.kernels.aot_loads import Load
     from scripts.lib.kernel_report import broken
 
-    budget = {"registers": 64, "spills": 0, "shared": 1024, "wide_loads": 1.0, "tensor_core": ["HGMMA"]}
-    good = Compiled("k", "sm_90", None, 64, 0, 1024, 4, Counter({"HGMMA.64x16x16": 4, "LDG.E.128": 2}))
+    budget = {"registers": 64, "spills": 0, "shared": 1024, "wide_loads": 0.99, "tensor_core": ["HGMMA"]}
+    good = Compiled("k", "sm_90", None, 64, 0, 1024, 4, Counter({"HGMMA.64x16x16": 4}), {"W": Load(9900, 1.0), "scales": Load(100, 0.0)})
     assert list(broken("k", "sm_90", good, budget)) == []
-    bad = Compiled("k", "sm_90", None, 128, 32, 1 << 20, 4, Counter({"FFMA": 4, "LDG.E.U16": 2}))
+    bad = Compiled("k", "sm_90", None, 128, 32, 1 << 20, 4, Counter({"FFMA": 4}), {"W": Load(9900, 0.0)})
     said = " ".join(broken("k", "sm_90", bad, budget))
     assert all(words in said for words in ("128 registers", "spills 32", "shared memory", "loads 0%", "no longer uses HGMMA"))
+
+
+NVIDIA_LOADS = """
+define ptx_kernel void @kernel(ptr addrspace(1) %0, ptr addrspace(1) readonly captures(none) %1, i32 %2, ptr addrspace(1) %3) #0 !dbg !4 {
+  %5 = getelementptr i8, ptr addrspace(1) %0, i64 %9
+  %6 = phi ptr addrspace(1) [ %5, %4 ], [ %7, %8 ]
+  %7 = getelementptr i8, ptr addrspace(1) %6, i64 64
+  tail call void asm sideeffect "cp.async.cg.shared.global [ $0 + 0 ], [ $1 + 0 ], 0x10;", "r,l"(ptr addrspace(3) %79, ptr addrspace(1) %7)
+  %10 = tail call { i32, i32 } asm sideeffect "ld.global.v2.b32 { $0, $1 }, [ $2 + 0 ];", "=r,=r,l"(ptr addrspace(1) nonnull %1)
+  %11 = tail call i16 asm sideeffect "mov.u16 $0, 0x0;\\0A\\09@$2 ld.global.b16 { $0 }, [ $1 + 0 ];", "=c,l,b"(ptr addrspace(1) %1, i1 true)
+"""
+AMD_LOADS = """
+define amdgpu_kernel void @kernel(ptr addrspace(1) inreg readonly captures(none) %0, ptr addrspace(1) inreg %1, i32 inreg %2) #0 !dbg !4 {
+  %4 = tail call ptr addrspace(8) @llvm.amdgcn.make.buffer.rsrc.p8.p1(ptr addrspace(1) readonly %0, i16 0, i64 2147483646, i32 159744)
+  %5 = tail call <4 x i32> @llvm.amdgcn.raw.ptr.buffer.load.v4i32(ptr addrspace(8) %4, i32 %68, i32 0, i32 0)
+  %6 = getelementptr half, ptr addrspace(1) %1, i64 3
+  %7 = load <4 x half>, ptr addrspace(1) %6, align 8
+"""
+
+
+@pytest.mark.parametrize(("text", "expected"), [(NVIDIA_LOADS, {0: {16: 1}, 1: {8: 1, 2: 1}}), (AMD_LOADS, {0: {16: 1}, 1: {8: 1}})])
+def test_what_a_kernel_loads_is_told_by_the_tensor_it_comes_from(text, expected):
+    from headrace.kernels.aot_loads import widths
+
+    assert widths(text) == expected
 
 
 def test_decode_steps_move_little_beside_weights_and_keys_and_values(monkeypatch):
@@ -148,6 +194,17 @@ def test_decode_steps_move_little_beside_weights_and_keys_and_values(monkeypatch
     # Llama-3-8B without its embedding, and keys and values of 2,048 tokens in 32 layers of 8 heads of 128.
     must = 2 * 7.504e9 + 2048 * 32 * 2 * 8 * 128 * 2
     assert abs(steps[0].must / must - 1) < 0.01
+
+
+def test_a_roofline_tells_of_each_kernel_what_holds_it_back(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from scripts.lib.step_model import Card, Step, Work, roofline_of
+
+    work = [Work("many", 32, 2e9, 200e9), Work("few", 32, 1e9, 1e9)]
+    step = Step("bf16", 1, 2048, 3e9, 3e9, 201e9, 1.0, 1.0, work)
+    many, few = roofline_of(step, Card("a card", 1e12, {"bf16": 50e12}))
+    assert "100.0 FLOP/byte, at most   50.0 TFLOP/s ( 4000.0 µs), bound by products" in many
+    assert "1.0 FLOP/byte, at most    1.0 TFLOP/s ( 1000.0 µs), bound by memory" in few
 
 
 @pytest.mark.parametrize(

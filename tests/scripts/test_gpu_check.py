@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the extra headrace[triton] is not installe
 if os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
     pytest.skip("there is a GPU: scripts/gpu-check itself runs there", allow_module_level=True)
 
-from scripts.lib import gpu_check, gpu_parity, gpu_times
+from scripts.lib import gpu_check, gpu_times, kernel_parity
 from scripts.lib.gpu_times import Mixture, Peaks
 from tests.kernels import triton_parity
 
@@ -95,7 +95,7 @@ def test_what_an_earlier_run_does_not_have_comes_first(card, monkeypatch, tmp_pa
 
 def test_new_checks_come_first_and_then_those_that_took_longest():
     earlier = [{"check": "linear a", "type": "float32", "seconds": 2.0}, {"check": "embed", "type": "float32", "seconds": 9.0}]
-    assert gpu_parity.ordered(["linear a float32", "embed float32", "linear b float32", "embed float16"], earlier) == [2, 3, 1, 0]
+    assert kernel_parity.ordered(["linear a float32", "embed float32", "linear b float32", "embed float16"], earlier) == [2, 3, 1, 0]
 
 
 def test_a_process_that_dies_costs_the_check_that_it_was_at_and_no_other():
@@ -106,7 +106,7 @@ def test_a_process_that_dies_costs_the_check_that_it_was_at_and_no_other():
         "    print(json.dumps({'ok': True} | ({'ok': False, 'why': ''} if line == '5\\n' else {})), flush=True)\n"
         "    if line == '5\\n': break"
     )
-    workers = gpu_parity.Workers([sys.executable, "-c", dies_of_3], range(9), 2)
+    workers = kernel_parity.Workers([sys.executable, "-c", dies_of_3], range(9), 2)
     found = sorted((workers.found.get(timeout=60) for _ in range(9)), key=lambda line: line["number"])
     workers.stop()
     assert [line["number"] for line in found if not line["ok"]] == [3, 5]
@@ -114,7 +114,7 @@ def test_a_process_that_dies_costs_the_check_that_it_was_at_and_no_other():
 
 
 def test_processes_end_when_nobody_listens_any_more():
-    workers = gpu_parity.Workers([sys.executable, "-c", "import sys, time\nprint(sys.stdin.readline())\ntime.sleep(600)"], range(4), 2)
+    workers = kernel_parity.Workers([sys.executable, "-c", "import sys, time\nprint(sys.stdin.readline())\ntime.sleep(600)"], range(4), 2)
     workers.stop()
     assert all(process.returncode is not None for process in workers._running)
 

@@ -1,21 +1,31 @@
 """The checks of `tests.kernels.triton_parity`, by as many processes as there are cores: most of the time goes into compiling, one core
-each.
+each. What `scripts/kernel-parity` runs, and `scripts/gpu-check` on a GPU.
 
-    checks, new ones and long ones first ─▶ whoever is free takes the next ─▶ a line for each, as it comes
+    checks, new ones and long ones first ─▶ whoever is free takes the next ─▶ a line for each, as it comes ─▶ table by op and type
 
 Long ones are those that took long in an earlier run.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 MOST_PROCESSES = 15
+TYPES = ("bfloat16", "float16", "float32")
+_CASE = re.compile(
+    r" (HeadShape\(.*?\)|\d+(x\d+)+|silu|gelu_tanh|sorted|chosen|window \w+|of small values|at ends of pages|of no rows|"
+    r"rows alone and together|trees as paths)"
+)
+"""What a check's name says beside the op and the kind of its weights or pages."""
 
 
 def ordered(names: Sequence[str], earlier: Sequence[dict]) -> list[int]:
@@ -34,6 +44,33 @@ def outcomes(device: str, numbers: Sequence[int], processes: int | None = None) 
             yield workers.found.get()
     finally:
         workers.stop()
+
+
+def table(lines: Iterable[dict]) -> list[dict]:
+    """By op, kind of weights or pages, and type: how many checks, the worst relative error and the largest difference, and how many values
+    were other bits than alone, or than the reference's where those are to be met."""
+    rows: dict[tuple[str, str], dict] = {}
+    for line in lines:
+        subject = _CASE.sub("", line["check"]), line["type"]
+        empty = {"op": subject[0], "type": subject[1], "checks": 0, "wrong": 0, "relative": None, "largest": None, "other_bits": None}
+        row = rows.setdefault(subject, empty)
+        row["checks"] += 1
+        row["wrong"] += not line["ok"]
+        for name, value in (("relative", line["error"]), ("largest", line.get("largest"))) if line["bound"] else ():
+            if value is not None:
+                row[name] = value if row[name] is None else max(row[name], value)
+        if line["bound"] == 0 and line["error"] is not None:
+            row["other_bits"] = (row["other_bits"] or 0) + line["error"]
+    return [rows[subject] for subject in sorted(rows)]
+
+
+def line_of(row: dict) -> str:
+    """One of `table`."""
+    said = lambda name, form: "–" if row[name] is None else format(row[name], form)  # noqa: E731
+    return (
+        f"{row['op']:32} {row['type']:9} {row['checks']:3} checks, {row['wrong']} wrong; relative error {said('relative', '.1e'):7} "
+        f"largest {said('largest', '.1e'):7} other bits {said('other_bits', 'g')}"
+    )
 
 
 class Workers:
@@ -105,3 +142,37 @@ def _answer(process: subprocess.Popen[str], number: int) -> str:
         return process.stdout.readline()
     except OSError:
         return ""
+
+
+def main() -> None:
+    from tests.kernels.triton_parity import every
+
+    parser = argparse.ArgumentParser(prog="scripts/kernel-parity", description="Every Triton kernel beside the reference.")
+    parser.add_argument("--device", default="cpu", help="default: cpu, by the backend in kernels/triton_cpu")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the checks whose name contains this")
+    parser.add_argument("--type", nargs="+", default=TYPES, choices=TYPES, help="of activations; default: all")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    arguments = parser.parse_args()
+    checks = every(arguments.device)
+    numbers = [number for number, check in enumerate(checks) if arguments.only in check.name and check.type in arguments.type]
+    begun, lines = time.perf_counter(), []
+    for line in outcomes(arguments.device, numbers):
+        number = line.pop("number")
+        lines.append(line)
+        if not line["ok"]:
+            print(
+                f"WRONG {checks[number].title}", {key: value for key, value in line.items() if key != "where"}, line.get("where", "")[-800:]
+            )
+        if len(lines) % 20 == 0:
+            print(f"{len(lines):4} of {len(numbers)} checks after {time.perf_counter() - begun:.0f} s", flush=True)
+    rows = table(lines)
+    for row in rows:
+        print(line_of(row))
+    print(f"{sum(line['ok'] for line in lines)} of {len(numbers)} checks are right, after {time.perf_counter() - begun:.0f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"device": arguments.device, "table": rows}, indent=1) + "\n")
+    sys.exit(not all(line["ok"] for line in lines))
+
+
+if __name__ == "__main__":
+    main()
