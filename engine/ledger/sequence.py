@@ -52,7 +52,7 @@ class Sequence:
         self.cached = 0
         """Tokens that the prefix cache gave when it last started from nothing."""
         self.last_run = -1
-        """Step that last computed some of it."""
+        """Step that last computed some of it, as far as a plan named it: those that are sent ahead name nobody, and run all that ran."""
 
         # What the scheduler plans by; no ledger reads it.
         self.priority = 0

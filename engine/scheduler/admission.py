@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from headrace.engine.scheduler.meters import Rate
-from headrace.engine.scheduler.plan import Limits
+from headrace.engine.scheduler.step import Limits
 
 MOST_HOLD_S, HOLD_OF_DRAIN = 0.2, 0.05
 """For how long one refusal by a full queue may speak for all: seconds, and as a share of the time in which what waits would be started, so

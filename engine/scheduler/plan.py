@@ -19,15 +19,14 @@ Suspects, of whom a worker may have died, run alone: should another die, it is k
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass
 from operator import attrgetter
 
 from headrace.engine.ledger.ledger import Ledger
 from headrace.engine.ledger.sequence import Sequence
-from headrace.engine.scheduler.speed import Speed
+from headrace.engine.scheduler.step import Decision, Situation, Step
 from headrace.engine.scheduler.tenants import Tenants
 
 ALONE, BESIDE, AHEAD = 0.8, 0.5, 0.25
@@ -40,148 +39,184 @@ MOST_PASSED_OVER = 64
 """Waiting requests that a step looks past because they wait for a prefix."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_running: int
-    max_step_tokens: int
-    drafts: bool = False
-    """Whether sequences may have drafts verified."""
+@dataclass(slots=True)
+class _Queues:
+    """Who could run, sorted by what the step has for them."""
+
+    decodes: list[Sequence]
+    """With one token to compute."""
+    prompts: list[Sequence]
+    """That have begun."""
+    later: list[Sequence]
+    """Prompts that have begun as well, and come after one of a tenant that was served less and has not."""
+    starting: bool
+    """Whether one of those that wait may start."""
 
 
 @dataclass(slots=True)
-class Decision:
-    """What becomes a `Plan`: sequences to preempt, waiting ones to start, and all that run with how many tokens each."""
+class _Part:
+    """What decodes get of the step."""
 
-    preempt: list[Sequence] = field(default_factory=list)
-    start: list[Sequence] = field(default_factory=list)
-    run: list[tuple[Sequence, int]] = field(default_factory=list)
-    lookahead: list[int] = field(default_factory=list)
-    """For those of `run`, in their order: how many drafts each may have verified."""
+    tokens: int
+    """Drafts included."""
+    decodes: int
+    """How many of them run at most."""
+    yields: bool
+    """Whether they are many, and the step is one for the prompt of a tenant that was served less."""
+
+    @property
+    def stretch(self) -> float:
+        """How many times as long as others the step may take."""
+        return AHEAD_STEP if self.yields else 1.0
 
 
-def plan(
-    ledger: Ledger,
-    running: Series[Sequence],
-    waiting: Collection[Sequence],
-    limits: Limits,
-    speed: Speed | None = None,
-    tenants: Tenants | None = None,
-    shared: bool = False,
-) -> Decision:
-    """Decide one step.
-
-    `running` are the sequences with pages, in the order of their admission; `waiting` those without, first come first. A sequence of
-    `waiting` may be known to the ledger already (it was preempted). `speed` limits what may run beside decodes. `tenants` are needed
-    where there are several. Where they share the engine, with one who may come in a moment as well, `speed` limits the decodes too.
-    Nothing is changed.
-    """
-    if alone := _suspect_alone(ledger, running, waiting, limits):
+def plan(now: Situation) -> Decision:
+    """Decide one step."""
+    if alone := _suspect_alone(now):
         return alone
-    decision = Decision()
-    tenants = tenants if tenants is not None and tenants.live > 1 else None
-    if tenants and waiting:
-        decision.preempt = _make_place(ledger, running, next(iter(waiting)), limits, tenants)
-        if decision.preempt:
-            running = [sequence for sequence in running if sequence not in decision.preempt]
-    left = list(running)
-    """Running sequences that are not preempted."""
-    prefills = [sequence for sequence in running if len(sequence.tokens) - sequence.computed != 1]
-    decodes = [sequence for sequence in running if len(sequence.tokens) - sequence.computed == 1] if prefills else list(running)
-    starting = bool(waiting) and len(left) < limits.max_running
+    tenants = now.tenants if now.tenants is not None and now.tenants.live > 1 else None
+    step = Step(now, _make_place(now, tenants) if tenants and now.waiting else [])
+    queues = _sort(now, step.left, tenants)
+    part = _part_of_decodes(now, queues, tenants)
+    decodes = queues.decodes if len(queues.decodes) <= part.decodes else _take_turns(queues.decodes, part.decodes, tenants)
+    _decode(step, decodes, spare_for_drafts(part.tokens, len(decodes)))
+
+    def bound(context: int) -> None:
+        """Leave no more of the budget than a chunk behind so many places may have beside the decodes."""
+        if now.speed is not None and decodes:
+            step.budget = min(step.budget, now.speed.chunk(len(decodes), step.budget, context, part.stretch))
+
+    if queues.prompts:
+        bound(queues.prompts[0].computed)
+        _go_on(step, queues.prompts)
+    if now.waiting and step.budget and not step.short:
+        if not queues.prompts:
+            bound(0)
+        _admit(step, queues, tenants)
+    if queues.later and not (part.yields and step.decision.start):
+        bound(queues.later[0].computed)
+        _go_on(step, queues.later)
+    return step.decision
+
+
+def _due(sequence: Sequence, tenants: Tenants | None) -> tuple[int, float]:
+    """Whose prompt comes first: the lower."""
+    return sequence.priority, tenants.served(sequence.tenant) if tenants else 0.0
+
+
+def _sort(now: Situation, left: list[Sequence], tenants: Tenants | None) -> _Queues:
+    """Sort those that run. Where there are several tenants, prompts that have begun come in their order, and behind a newcomer's."""
+    prompts = [sequence for sequence in left if len(sequence.tokens) - sequence.computed != 1]
+    decodes = [sequence for sequence in left if len(sequence.tokens) - sequence.computed == 1] if prompts else list(left)
+    starting = bool(now.waiting) and len(left) < now.limits.max_running
     later: list[Sequence] = []
-    """Prompts that have begun, and come after one of a tenant that was served less and has not."""
-
-    def due(sequence: Sequence) -> tuple[int, float]:
-        return sequence.priority, tenants.served(sequence.tenant) if tenants else 0.0
-
     if tenants:
-        prefills.sort(key=lambda sequence: (*due(sequence), sequence.arrived))
-        if starting and prefills:
-            head = due(next(iter(waiting)))
-            first = sum(due(sequence) <= head for sequence in prefills)
-            prefills, later = prefills[:first], prefills[first:]
-    available = ledger.available + sum(ledger.pages_freed_by(victim) for victim in decision.preempt)
-    budget = limits.max_step_tokens
+        prompts.sort(key=lambda sequence: (*_due(sequence, tenants), sequence.arrived))
+        if starting and prompts:
+            head = _due(next(iter(now.waiting)), tenants)
+            first = sum(_due(sequence, tenants) <= head for sequence in prompts)
+            prompts, later = prompts[:first], prompts[first:]
+    return _Queues(decodes, prompts, later, starting)
 
-    decode_budget = budget_of_decodes(budget) if prefills or waiting else budget
-    behind = tenants is not None and (prefills or starting) and _is_behind(prefills, waiting, decodes, tenants)
+
+def _part_of_decodes(now: Situation, queues: _Queues, tenants: Tenants | None) -> _Part:
+    """What decodes get of the budget; and of the time, where tenants share the engine and they are many."""
+    tokens, prompts = now.limits.max_step_tokens, bool(queues.prompts) or queues.starting
+    behind = tenants is not None and prompts and _is_behind(queues.prompts, now.waiting, queues.decodes, tenants)
     if behind:
-        decode_budget = budget // 4
-    most, crowded = decode_budget, shared and speed is not None and len(decodes) > speed.decodes(ALONE)
-    if crowded:
-        most = min(most, speed.decodes(AHEAD if behind else BESIDE if prefills or starting else ALONE))
-    stretch = AHEAD_STEP if crowded and behind else 1.0
-    if len(decodes) > most:
-        decodes = _take_turns(decodes, most, tenants)
-    preempted: set[int] = set()
+        tokens //= 4
+    elif queues.prompts or now.waiting:
+        tokens = budget_of_decodes(tokens)
+    if not now.shared or now.speed is None or len(queues.decodes) <= now.speed.decodes(ALONE):
+        return _Part(tokens, tokens, False)
+    most = now.speed.decodes(AHEAD if behind else BESIDE if prompts else ALONE)
+    return _Part(tokens, min(tokens, most), behind)
 
-    def make_room(sequence: Sequence, pages: int) -> bool:
-        """Preempt from the end until `pages` are available; False when `sequence` itself had to go."""
-        nonlocal available
-        while pages > available:
-            victim = left.pop()
-            preempted.add(victim.request)
-            decision.preempt.append(victim)
-            available += ledger.pages_freed_by(victim)
-            if victim is sequence:
-                return False
-        return True
 
-    spare = spare_for_drafts(decode_budget, len(decodes))
-    size, run = ledger.page_size, decision.run
+def _decode(step: Step, decodes: list[Sequence], spare: int) -> None:
+    """Have each of `decodes` compute its next token, and `spare` drafts at most. One without a page takes those of who came last."""
+    ledger, size = step.now.ledger, step.now.ledger.page_size
+    run, lookaheads = step.decision.run, step.decision.lookahead
     for sequence in decodes:
-        if preempted and sequence.request in preempted:
+        if step.short and sequence.request in step.short:
             continue
         lookahead = 0
         # Most steps of most decodes need neither drafts nor a page.
         if sequence.lookahead or sequence.computed >= len(sequence.pages) * size:
             lookahead = drafts_of(sequence, spare, 1)
             pages = max(0, ledger.pages_for(sequence.computed + 1 + lookahead) - len(sequence.pages))
-            if pages > available:
+            if pages > step.available:
                 lookahead = 0
                 pages = max(0, ledger.pages_for(sequence.computed + 1) - len(sequence.pages))
-                if pages > available and not make_room(sequence, pages):
+                if pages > step.available and not step.make_room(sequence, pages):
                     continue
-            available -= pages
+            step.available -= pages
         run.append((sequence, 1))
-        decision.lookahead.append(lookahead)
-    budget -= len(run) + sum(decision.lookahead)
+        lookaheads.append(lookahead)
+    step.budget -= len(run) + sum(lookaheads)
 
-    def go_on(prompts: list[Sequence]) -> None:
-        """Compute a chunk of each, as far as budget and pages go."""
-        nonlocal available, budget
-        if speed is not None and decodes and prompts:
-            budget = min(budget, speed.chunk(len(decodes), budget, prompts[0].computed, stretch))
-        for sequence in prompts:
-            if sequence.request in preempted or budget == 0:
+
+def _go_on(step: Step, prompts: list[Sequence]) -> None:
+    """Compute a chunk of each prompt that has begun, as far as budget and pages go."""
+    ledger = step.now.ledger
+    for sequence in prompts:
+        if sequence.request in step.short or step.budget == 0:
+            continue
+        room = (len(sequence.pages) + step.available) * ledger.page_size - sequence.computed
+        if room <= 0 and not step.decision.run:
+            # Nothing else moves, so waiting for pages would be for ever.
+            if not step.make_room(sequence, 1):
                 continue
-            room = (len(sequence.pages) + available) * ledger.page_size - sequence.computed
-            if room <= 0 and not decision.run:
-                # Nothing else moves, so waiting for pages would be for ever.
-                if not make_room(sequence, 1):
-                    continue
-                room = (len(sequence.pages) + available) * ledger.page_size - sequence.computed
-            length = min(sequence.remaining, budget, room)
-            if length > 0:
-                available -= ledger.pages_for(sequence.computed + length) - len(sequence.pages)
-                budget -= length
-                decision.run.append((sequence, length))
-                decision.lookahead.append(0)
+            room = (len(sequence.pages) + step.available) * ledger.page_size - sequence.computed
+        length = min(sequence.remaining, step.budget, room)
+        if length > 0:
+            step.available -= ledger.pages_for(sequence.computed + length) - len(sequence.pages)
+            step.run(sequence, length)
 
-    go_on(prefills)
-    if waiting and budget and not preempted:
-        if speed is not None and decodes and not prefills:
-            budget = min(budget, speed.chunk(len(decodes), budget, stretch=stretch))
-        newcomers = takewhile(lambda sequence: due(sequence) < due(later[0]), waiting) if later else waiting
-        pages, budget = _admit(decision, ledger, prefills + later, newcomers, limits.max_running - len(left), available, budget)
+
+def _admit(step: Step, queues: _Queues, tenants: Tenants | None) -> None:
+    """Start newcomers in their order, until places, pages or the budget run out."""
+    now, decision = step.now, step.decision
+    ledger, size = now.ledger, now.ledger.page_size
+    places, available = now.limits.max_running - len(step.left), step.available
+    begun = queues.prompts + queues.later
+    for sequence in begun:
+        planned = next((length for other, length in decision.run if other is sequence), 0)
+        held = max(len(sequence.pages), ledger.pages_for(sequence.computed + planned))
+        available -= _pages_to_start(ledger, sequence) - held
+    leaving = Counter(node.page for victim in decision.preempt for node in victim.nodes)
+    """How many of those who use a cached page are to be preempted."""
+    coming = {link for sequence in begun for link in sequence.chain(size)[sequence.computed // size :]}
+    locked: set[int] = set()
+    passed_over = 0
+    for sequence in now.waiting:
+        if places <= 0 or step.budget <= 0 or passed_over == MOST_PASSED_OVER:
+            break
+        if queues.later and _due(sequence, tenants) >= _due(queues.later[0], tenants):
+            break
+        if sequence.suspect:
+            break  # there was no room for it alone, and in company it must not run
+        path = ledger.match_path(sequence)
+        most = sequence.may_match // size
+        if len(path) < most and sequence.chain(size)[len(path)] in coming:
+            passed_over += 1
+            continue
+        idle = [node.page for node in path if node.users == leaving[node.page] and node.page not in locked]
+        pages = _pages_to_start(ledger, sequence) - len(path) + len(idle)
+        if pages > available:
+            break
         available -= pages
-    if not (crowded and behind and decision.start):
-        go_on(later)
-    return decision
+        step.available -= pages
+        locked.update(idle)
+        places -= 1
+        coming.update(sequence.chain(size)[len(path) :])
+        decision.start.append(sequence)
+        step.run(sequence, min(len(sequence.tokens) - len(path) * size, step.budget))
 
 
-def _suspect_alone(ledger: Ledger, running: Series[Sequence], waiting: Iterable[Sequence], limits: Limits) -> Decision | None:
+def _suspect_alone(now: Situation) -> Decision | None:
     """A step for a suspect, if there is one that has pages or can have them."""
+    ledger, running, limits = now.ledger, now.running, now.limits
     suspect = next((sequence for sequence in running if sequence.suspect), None)
     if suspect is not None:
         available, victims = ledger.available, []
@@ -193,7 +228,7 @@ def _suspect_alone(ledger: Ledger, running: Series[Sequence], waiting: Iterable[
                 available += ledger.pages_freed_by(victim)
         room = (len(suspect.pages) + available) * ledger.page_size - suspect.computed
         return Decision(victims, run=[(suspect, min(suspect.remaining, limits.max_step_tokens, room))], lookahead=[0])
-    suspect = next(iter(waiting), None)
+    suspect = next(iter(now.waiting), None)
     if suspect is None or not suspect.suspect or len(running) >= limits.max_running:
         return None
     path = ledger.match_path(suspect)
@@ -203,9 +238,10 @@ def _suspect_alone(ledger: Ledger, running: Series[Sequence], waiting: Iterable[
     return Decision(start=[suspect], run=[(suspect, length)], lookahead=[0])
 
 
-def _make_place(ledger: Ledger, running: Series[Sequence], head: Sequence, limits: Limits, tenants: Tenants) -> list[Sequence]:
-    """Who has to go so that `head` can start: the latest of the tenant with most places, while that has more than its share of them and
-    the head's tenant less. Nobody, if that would not be enough."""
+def _make_place(now: Situation, tenants: Tenants) -> list[Sequence]:
+    """Who has to go so that the first who waits can start: the latest of the tenant with most places, while that has more than its share
+    of them and the other's tenant less. Nobody, if that would not be enough."""
+    ledger, running, limits, head = now.ledger, now.running, now.limits, next(iter(now.waiting))
     places = limits.max_running - len(running)
     missing = ledger.pages_for(len(head.tokens) + 1) - len(ledger.match_path(head)) - ledger.available
     if places > 0 and missing <= 0:
@@ -265,54 +301,6 @@ def spare_for_drafts(budget: int, decodes: int) -> int:
 def drafts_of(sequence: Sequence, spare: int, coming: int) -> int:
     """Drafts to verify in a step by whose end at least `coming` more tokens will have been emitted."""
     return max(0, min(sequence.lookahead, spare, sequence.limit - len(sequence.tokens) - coming))
-
-
-def _admit(
-    decision: Decision,
-    ledger: Ledger,
-    prefills: list[Sequence],
-    waiting: Iterable[Sequence],
-    places: int,
-    available: int,
-    budget: int,
-) -> tuple[int, int]:
-    """Add newcomers to `decision` in the order of `waiting`, until places, pages or the budget run out. The pages that they need, and what
-    is left of the budget."""
-    size, taken = ledger.page_size, 0
-    for sequence in prefills:
-        planned = next((length for other, length in decision.run if other is sequence), 0)
-        held = max(len(sequence.pages), ledger.pages_for(sequence.computed + planned))
-        available -= _pages_to_start(ledger, sequence) - held
-    leaving = Counter(node.page for victim in decision.preempt for node in victim.nodes)
-    """How many of those who use a cached page are to be preempted."""
-    coming = {link for sequence in prefills for link in sequence.chain(size)[sequence.computed // size :]}
-    locked: set[int] = set()
-    passed_over = 0
-    for sequence in waiting:
-        if places <= 0 or budget <= 0 or passed_over == MOST_PASSED_OVER:
-            break
-        if sequence.suspect:
-            break  # there was no room for it alone, and in company it must not run
-        path = ledger.match_path(sequence)
-        most = sequence.may_match // size
-        if len(path) < most and sequence.chain(size)[len(path)] in coming:
-            passed_over += 1
-            continue
-        idle = [node.page for node in path if node.users == leaving[node.page] and node.page not in locked]
-        pages = _pages_to_start(ledger, sequence) - len(path) + len(idle)
-        if pages > available:
-            break
-        available -= pages
-        taken += pages
-        locked.update(idle)
-        places -= 1
-        length = min(len(sequence.tokens) - len(path) * size, budget)
-        budget -= length
-        coming.update(sequence.chain(size)[len(path) :])
-        decision.start.append(sequence)
-        decision.run.append((sequence, length))
-        decision.lookahead.append(0)
-    return taken, budget
 
 
 def _pages_to_start(ledger: Ledger, sequence: Sequence) -> int:

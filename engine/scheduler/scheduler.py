@@ -33,10 +33,11 @@ from headrace.engine.scheduler.journal import Entry, Journal
 from headrace.engine.scheduler.meters import Meters
 from headrace.engine.scheduler.outgoing import Outgoing
 from headrace.engine.scheduler.pace import MOST as MOST_DRAFTS
-from headrace.engine.scheduler.plan import Limits, plan
+from headrace.engine.scheduler.plan import plan
 from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.ranks import Ranks
 from headrace.engine.scheduler.speed import Speed
+from headrace.engine.scheduler.step import Limits, Situation
 from headrace.engine.scheduler.tenants import Tenants
 from headrace.engine.scheduler.timeline import Timelines
 from headrace.engine.scheduler.traces import Traces
@@ -281,8 +282,7 @@ class Scheduler:
     def _start_step(self, epoch: Epoch) -> None:
         """Write the next plan, apply it to the mirror and send it to every rank."""
         ledger = epoch.ledger
-        shared = self._tenants.shared(time.monotonic())
-        decision = plan(ledger, self._running, self._waiting, self._limits, self._speed, self._tenants, shared)
+        decision = plan(self._situation(epoch))
         if not decision.run and not decision.preempt and not self._aborts:
             return
         message = Plan(
@@ -313,13 +313,16 @@ class Scheduler:
 
     def _look_ahead(self, epoch: Epoch) -> None:
         """Send the plan after the one in flight, if its result cannot change it."""
-        shared = self._tenants.shared(time.monotonic())
-        lookahead = plan_ahead(epoch.ledger, epoch.rows, self._running, self._waiting, self._limits, self._speed, self._tenants, shared)
+        lookahead = plan_ahead(self._situation(epoch), epoch.rows)
         if lookahead is None:
             return
         epoch.ahead = Plan(epoch.number, epoch.ledger.step + 1, 0, [], [], [], [], [], ahead=True, lookahead=lookahead)
         for name in self._ranks.names:
             self._process.send(name, epoch.ahead)
+
+    def _situation(self, epoch: Epoch) -> Situation:
+        shared = self._tenants.shared(time.monotonic())
+        return Situation(epoch.ledger, self._running, self._waiting, self._limits, self._speed, self._tenants, shared)
 
     def _fly(self, epoch: Epoch, message: Plan) -> None:
         epoch.fly(message)

@@ -5,7 +5,7 @@
 
 A step's cost is the CPU time from the bytes of its result to the bytes of the next plan and of the tokens that are handed out: decoding,
 the mirror ledger, the journal, planning, encoding. It is measured while requests decode, by how many they are, with nothing waiting
-(plans are sent ahead) and with a long queue that has no place to run (every plan is written anew), with an empty prefix cache and with
+and with a long queue that has no place to run (plans are sent ahead in both cases), with an empty prefix cache and with
 one of a million tokens. The worker's own work is not counted.
 """
 

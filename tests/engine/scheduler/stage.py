@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from headrace.engine.actor import Mailbox
 from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.config import Config
@@ -13,10 +15,16 @@ from headrace.engine.messages.tokens import FromScheduler, Refused, Submit, Toke
 from headrace.engine.messages.wire import Message
 from headrace.engine.process import EngineSpec, Process
 from headrace.engine.scheduler.scheduler import Scheduler
-from headrace.workers.fake import FakeRunner
+from headrace.workers.fake import FakeRunner, fake_token
 from headrace.workers.worker import Worker
 
 MODEL = ModelFiles("fake", "/nowhere", "gguf", "llama", context=4096, vocab_size=32_000, end_tokens=(2,), bos_token=1, weight_bytes=0)
+DRAFTING = pytest.mark.parametrize("stage", [{}, {"draft": "ngram"}], indirect=True, ids=["one at a time", "drafting"])
+
+
+def expected(request: int, count: int) -> list[int]:
+    """The first tokens that the fake worker gives a request."""
+    return [fake_token(request, index, MODEL.vocab_size) for index in range(count)]
 
 
 class Recorder:

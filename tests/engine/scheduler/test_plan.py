@@ -8,9 +8,10 @@ from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Admit, Begin, Plan, StepResult, StepTimes
 from headrace.engine.scheduler.ahead import plan_ahead
-from headrace.engine.scheduler.plan import Decision, Limits, plan
+from headrace.engine.scheduler.plan import plan
 from headrace.engine.scheduler.queue import Queue
 from headrace.engine.scheduler.speed import Speed
+from headrace.engine.scheduler.step import Decision, Limits, Situation
 from headrace.engine.scheduler.tenants import Tenants
 
 PAGE = 4
@@ -60,7 +61,10 @@ class Trace:
             self.tenants.leave(self.tenant_of[request], 0.0)
 
     def decide(self) -> Decision:
-        return plan(self.ledger, self.running, self.waiting, self.limits, self.speed, self.tenants, self.shared)
+        return plan(self.situation())
+
+    def situation(self) -> Situation:
+        return Situation(self.ledger, self.running, self.waiting, self.limits, self.speed, self.tenants, self.shared)
 
     def step(self) -> Decision:
         ledger = self.ledger
@@ -93,7 +97,7 @@ class Trace:
         self.running.sort(key=lambda s: (s.priority, s.arrived))
         assert len(self.running) <= self.limits.max_running
         assert len(rows) == 1 or not any(row.sequence.suspect for row in rows)
-        ahead = plan_ahead(ledger, rows, self.running, self.waiting, self.limits, self.speed, self.tenants, self.shared)
+        ahead = plan_ahead(self.situation(), rows)
         for row in rows:
             self.tenants.charge(row.sequence.tenant, row.length, 0)
         emitting = [row for row in rows if row.emits]
