@@ -13,7 +13,7 @@ from headrace.kernels.cpu import store
 from headrace.kernels.cpu.memory import HUGE, LINE, Memory
 
 
-@given(st.lists(st.one_of(st.integers(0, 1000), st.integers(HUGE - 100, 40 << 20)), max_size=8))
+@given(st.lists(st.one_of(st.integers(1, 1000), st.integers(HUGE - 100, 40 << 20)), max_size=8))
 def test_pieces_of_any_size_are_zeros_and_nobody_elses(sizes):
     memory = Memory()
     pieces = [memory.allocate(size) for size in sizes]
