@@ -334,7 +334,7 @@ class Check:
             line |= {"error": error, "largest": largest, "ok": error <= self.bound}
         except Exception as failure:
             line |= {"error": None, "ok": False, "why": f"{failure!r}"[:400], "where": traceback.format_exc()[-1500:]}
-        return line | {"seconds": round(time.perf_counter() - begun, 2)}
+        return line | {"seconds": round(time.perf_counter() - begun, 4)}
 
 
 def every(device: str) -> list[Check]:
