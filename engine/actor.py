@@ -120,13 +120,18 @@ class _Reader:
     def _handle_burst(self) -> None:
         self._pending = False
         handled = 0
-        # Asked before each message: to be told by an exception that there is none costs three times as much.
+        # Asked before each message: to be told by an exception that there is none costs three times as much. It may still come, where
+        # a peer's death takes back what was there a moment ago.
         while self._has_message():
             if handled == BURST:
                 self._pending = True
                 self._loop.call_soon(self._drain)
                 break
-            self._on_frames(self._socket.recv_multipart(zmq.NOBLOCK))
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                continue
+            self._on_frames(frames)
             handled += 1
         if handled:
             self._on_empty()

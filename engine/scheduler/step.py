@@ -65,11 +65,11 @@ class Step:
         self.budget = now.limits.max_step_tokens
         """Tokens."""
 
-    def run(self, sequence: Sequence, length: int, lookahead: int = 0) -> None:
-        """Have it compute so many tokens, for which there are pages."""
+    def run(self, sequence: Sequence, length: int) -> None:
+        """Have it compute so many tokens of its prompt, for which there are pages."""
         self.decision.run.append((sequence, length))
-        self.decision.lookahead.append(lookahead)
-        self.budget -= length + lookahead
+        self.decision.lookahead.append(0)
+        self.budget -= length
 
     def make_room(self, sequence: Sequence, pages: int) -> bool:
         """Preempt from the end until `pages` are available; False when `sequence` itself had to go."""

@@ -1,12 +1,13 @@
 """Mailboxes, desks and visits over real sockets, and frames that nobody should have sent."""
 
 import asyncio
+import os
 
 import msgspec
 import pytest
 import zmq
 
-from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Visit, endpoint
+from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Visit, _Reader, endpoint
 from headrace.engine.messages.frontend import Abort, CallFailed, Describe, Detokenized, Text, ToFrontend, ToTokenizer
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Begin, Hello, Plan, StepResult, StepTimes, ToWorker, WorkerUp
@@ -136,6 +137,37 @@ async def test_a_message_has_one_frame(context, tmp_path):
 def test_a_number_where_text_should_be_is_a_bad_frame():
     with pytest.raises(BadFrame):
         Codec(ToFrontend).decode(encode(Detokenized(1, 7)))  # type: ignore[arg-type]
+
+
+class TakenBack:
+    """A socket whose first message is gone between the question whether there is one and the answer."""
+
+    closed = False
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._said = iter([zmq.POLLIN, zmq.POLLIN, zmq.POLLIN, 0])
+        self._frames = iter([None, [b"later"]])
+
+    def getsockopt(self, option: int) -> int:
+        return self._descriptor if option == zmq.FD else int(next(self._said))
+
+    def recv_multipart(self, flags: int) -> list[bytes]:
+        frames = next(self._frames)
+        if frames is None:
+            raise zmq.Again
+        return frames
+
+
+async def test_a_message_that_is_taken_back_stops_nobody():
+    reading, writing = os.pipe()
+    received, settled = [], asyncio.Event()
+    _Reader(TakenBack(reading), received.append, settled.set)
+    await asyncio.wait_for(settled.wait(), 10)
+    assert received == [[b"later"]]
+    asyncio.get_running_loop().remove_reader(reading)
+    os.close(reading)
+    os.close(writing)
 
 
 async def test_a_desk_answers_each_visit_and_knows_when_one_is_gone(context, tmp_path):
