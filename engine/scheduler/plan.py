@@ -84,7 +84,8 @@ def plan(now: Situation) -> Decision:
     def bound(context: int) -> None:
         """Leave no more of the budget than a chunk behind so many places may have beside the decodes."""
         if now.speed is not None and decodes:
-            step.budget = min(step.budget, now.speed.chunk(len(decodes), step.budget, context, part.stretch))
+            seen = sum([sequence.computed for sequence in decodes])
+            step.budget = min(step.budget, now.speed.chunk(len(decodes), seen, step.budget, context, part.stretch))
 
     if queues.prompts:
         bound(queues.prompts[0].computed)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measure on a running engine what the scheduler promises: scripts/bench/under_load.py [--measure NAME …] [-- OPTIONS OF serve]
 
-    starvation   a long prompt arrives among 16 decoding streams: what their inter-token latency does, and its own time to the first token
+    starvation   a long prompt arrives among 16 decoding streams: their inter-token latency, beside that of the same tokens without it, and
+                 its own time to the first token, beside what it takes alone and what these tokens take
     flood        one tenant sends hundreds of requests at once: another tenant's time to the first token, beside that of an idle engine
     overload     ten times as many requests as the engine can serve: what still gets done, how soon the others are told
     restart      the worker is killed while it serves: how soon the stream that it ran goes on
@@ -20,9 +21,10 @@ import signal
 import statistics
 import sys
 import time
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from headrace.client.calls import Server
 
 ONE, OTHER = "tenant-one", "tenant-other"
 STREAMS = 16
+SOME_MORE = 64
+"""Tokens asked for beyond those compared: now and then two come as one piece, and what counts is pieces."""
 TIMEOUT_S = 600.0
 REFUSED = "http 429"
 
@@ -46,9 +50,9 @@ def first_s(sample: Sample) -> float:
     return sample.times[0] - sample.sent
 
 
-def gaps(sample: Sample, since: float, until: float) -> list[float]:
-    """Seconds between two steps that both fall into the time."""
-    return [b - a for a, b in pairwise(sample.times) if since <= a and b <= until]
+def gaps(sample: Sample, first: int, last: int) -> list[float]:
+    """Seconds between its tokens from one to another."""
+    return [b - a for a, b in pairwise(sample.times[first : last + 1])]
 
 
 class Load:
@@ -83,36 +87,35 @@ class Load:
 
 
 async def starvation(load: Load, arguments: argparse.Namespace) -> dict[str, Any]:
-    prompt = lambda: load.prompt(arguments.long_words)  # noqa: E731
-    alone = [first_s(await load.stream(prompt(), 1)) for _ in range(3)]
-    others = [Sample() for _ in range(STREAMS)]
-    tasks = [asyncio.create_task(load.stream(load.prompt(20), arguments.decode_tokens, sample=one)) for one in others]
+    alone = [first_s(await load.stream(load.prompt(arguments.long_words), 1)) for _ in range(3)]
+    prompts = [load.prompt(20) for _ in range(STREAMS)]
+    others = [Sample() for _ in prompts]
+    tasks = [asyncio.create_task(load.stream(*one)) for one in zip(prompts, repeat(arguments.decode_tokens), repeat(ONE), others)]
     while any(len(one.times) < 20 for one in others):
         await asyncio.sleep(0.05)
-    calm_from = time.perf_counter()
     await asyncio.sleep(arguments.calm_s)
-    calm_to = time.perf_counter()
-    long = await load.stream(prompt(), 1)
-    arrived, done = long.sent, long.times[0]
-    calm = [gap for one in others for gap in gaps(one, calm_from, calm_to)]
-    beside = [gap for one in others for gap in gaps(one, arrived, done)]
-    still = sum(bool(one.times) and one.times[-1] > done - 1 for one in others)
-    # What the others got done meanwhile would have taken this long by itself.
-    decoded = sum(arrived <= at <= done for one in others for at in one.times)
-    steps_s = statistics.mean(calm) * decoded / STREAMS
+    long = await load.stream(load.prompt(arguments.long_words), 1)
+    still = sum(not task.done() for task in tasks)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    # Which tokens of each came meanwhile. The further a stream is, the longer a token takes: so the same tokens are asked for again.
+    spans = [(bisect(one.times, long.sent) - 1, bisect(one.times, long.times[0]) - 1) for one in others]
+    again = await asyncio.gather(*(load.stream(prompt, last + SOME_MORE) for prompt, (_, last) in zip(prompts, spans, strict=True)))
+    beside, calm = ([gap for one, span in zip(them, spans, strict=True) for gap in gaps(one, *span)] for them in (others, again))
+    decoding_s = statistics.mean(one.times[last] - one.times[first] for one, (first, last) in zip(again, spans, strict=True))
     return {
-        "itl_ms_p50_calm": 1e3 * quantile(calm, 0.5),
-        "itl_ms_p99_calm": 1e3 * quantile(calm, 0.99),
+        "tokens_meanwhile": sum(last - first for first, last in spans) / STREAMS,
+        "itl_ms_p50_without": 1e3 * quantile(calm, 0.5),
+        "itl_ms_p99_without": 1e3 * quantile(calm, 0.99),
         "itl_ms_p50_beside": 1e3 * quantile(beside, 0.5),
         "itl_ms_p99_beside": 1e3 * quantile(beside, 0.99),
+        "itl_p50_rises": quantile(beside, 0.5) / quantile(calm, 0.5),
         "itl_p99_rises": quantile(beside, 0.99) / quantile(calm, 0.99),
         "ttft_s_alone": statistics.median(alone),
         "ttft_s_beside": first_s(long),
-        "decoding_s_meanwhile": steps_s,
-        "ttft_over_all_work": first_s(long) / (statistics.median(alone) + steps_s),
+        "decoding_s_meanwhile": decoding_s,
+        "ttft_over_all_work": first_s(long) / (statistics.median(alone) + decoding_s),
         "streams_still_decoding": still,
     }
 

@@ -10,7 +10,7 @@
 // a vector holds positions and no lanes are ever added up. What a row takes, and in which order, follows from its own position alone: it
 // does not matter which rows stand beside it, how the prompt was cut, or which thread computes a split.
 //
-// A unit of work is a tile (`attention_tiles.h`); where there are few tiles (decode), a split of a tile. Requests with a common prefix have
+// A unit of work is a tile (`attention_tiles.h`); of a tile that takes long beside the others, a split. Requests with a common prefix have
 // tiles together for its splits, before each goes on alone: K and V are read once for all of them.
 //
 // A token of a tree sees what its path from the root makes a plain sequence, and in that order, so that it comes out to the same bits as
@@ -134,77 +134,111 @@ void finish(const Problem& p, const Tile& tile, int64_t kv_head, Partial partial
     }
 }
 
+// The sums of some tiles, for every KV head of each.
+template <class T>
+class Sums {
+  public:
+    // `begun` is what rows have summed up in tiles that they shared, [T, Hq] of sums, highest score and total; null where there were none.
+    Sums(Pool& pool, const Problem& p, float* begun) : pool_(pool), p_(p), begun_(begun) {}
+
+    // Hands what each unit, a tile for one KV head, sums up to use(tile, kv_head, sum). `tiles` come with the longest first. Those that
+    // would keep one thread busy while others have nothing left are computed by the split.
+    template <class Use>
+    void of(std::span<const Tile> tiles, const Use& use) {
+        const int64_t kv_heads = p_.heads.kv, count = static_cast<int64_t>(tiles.size()) * kv_heads;
+        const int64_t cut = long_ones(tiles) * kv_heads, most = cut ? tiles[0].own_splits() : 0;
+        float* partials = cut ? Pool::scratch(3, cut * most * floats_) : nullptr;
+        auto compute = [&](int64_t unit) {
+            if (unit < cut * most) {
+                const Tile& tile = tiles[unit / most / kv_heads];
+                if (const int64_t s = unit % most; s < tile.own_splits())
+                    split_of<T>(p_, tile, unit / most % kv_heads, tile.first_split + tile.begun + s, at(partials + unit * floats_),
+                                Room::at(Pool::scratch(2, room_), rows_));
+                return;
+            }
+            unit += cut - cut * most;
+            const Tile& tile = tiles[unit / kv_heads];
+            float* scratch = Pool::scratch(2, 2 * floats_ + room_);
+            const Room room = Room::at(scratch + 2 * floats_, rows_);
+            sum_up(tile, unit % kv_heads, at(scratch), use, [&](int64_t s) {
+                const Partial next = at(scratch + (s ? floats_ : 0));
+                split_of<T>(p_, tile, unit % kv_heads, tile.first_split + s, next, room);
+                return next;
+            });
+        };
+        const int64_t units = cut * most + count - cut;
+        // One token that sees little takes less time than to tell the threads of it.
+        if (p_.batch.tokens == 1 && cut == 0)
+            for (int64_t unit = 0; unit < units; unit++) compute(unit);
+        else
+            pool_.run(units, compute);
+        pool_.run(cut, [&](int64_t unit) {
+            const Tile& tile = tiles[unit / kv_heads];
+            sum_up(tile, unit % kv_heads, at(Pool::scratch(2, floats_)), use,
+                   [&](int64_t s) { return at(partials + (unit * most + s - tile.begun) * floats_); });
+        });
+    }
+
+    // Where a tile's row has its sum in `begun`.
+    Partial begun(const Tile& tile, int64_t kv_head, int64_t row) const {
+        const int64_t head = kv_head * p_.sharing() + row % p_.sharing();
+        float* out = begun_ + (tile.token(row / p_.sharing()) * p_.heads.query + head) * (p_.width() + 2);
+        return {out + p_.width(), out};
+    }
+
+  private:
+    // How many of the tiles, the first ones, take so long that threads would wait for them.
+    int64_t long_ones(std::span<const Tile> tiles) const {
+        constexpr int64_t READING = 8;  // bringing K and V to the cache takes as long as so many rows do
+        auto cost = [&](const Tile& tile) { return tile.own_splits() * (tile.tokens * p_.sharing() + READING); };
+        int64_t all = 0, count = 0;
+        for (const Tile& tile : tiles) all += cost(tile);
+        all *= p_.heads.kv;
+        while (count < std::ssize(tiles) && tiles[count].own_splits() > 1 && cost(tiles[count]) * 4 * pool_.threads() > all) count++;
+        return count;
+    }
+
+    // The sum of a tile: what its rows had, and its splits in order, each of which `split` gives. `room` is for what they had.
+    template <class Use, class Split>
+    void sum_up(const Tile& tile, int64_t kv_head, Partial room, const Use& use, const Split& split) const {
+        const int64_t rows = tile.tokens * p_.sharing(), width = p_.width();
+        Partial sum = room;
+        if (tile.begun) {
+            for (int64_t r = 0; r < rows; r++) {
+                const Partial from = begun(tile, kv_head, r);
+                std::copy(from.out, from.out + width, sum.out + r * width);
+                std::copy(from.state, from.state + 2, sum.state + 2 * r);
+            }
+        } else {
+            sum = split(0);
+        }
+        for (int64_t s = std::max<int64_t>(1, tile.begun); s < tile.splits; s++) merge(rows, width, sum, split(s));
+        use(tile, kv_head, sum);
+    }
+
+    Partial at(float* floats) const { return {floats + rows_ * p_.width(), floats}; }
+
+    Pool& pool_;
+    const Problem& p_;
+    float* begun_;
+    const int64_t rows_ = std::max(TILE_ROWS, p_.sharing());
+    const int64_t floats_ = (rows_ * (p_.width() + 2) + 15) / 16 * 16;  // of a partial sum: a multiple of a cache line
+    const int64_t room_ = Room::floats(rows_, p_.heads.dim);
+};
+
 template <class T>
 void attend(Pool& pool, const Problem& p) {
     const Tiles tiles(p);
-    const int64_t kv_heads = p.heads.kv, count = static_cast<int64_t>(tiles.own.size()) * kv_heads;
-    // Sizes of partial sums are multiples of a cache line.
-    const int64_t tile_rows = std::max(TILE_ROWS, p.sharing()), width = p.width(), floats = (tile_rows * (width + 2) + 15) / 16 * 16;
-    auto partial_at = [&](float* at) { return Partial{at + tile_rows * width, at}; };
-    const int64_t most = count ? tiles.own[0].splits : 0;
-    if (tiles.shared.empty() && most > 1 && count < 4 * pool.threads()) {
-        // Few tiles with much to see: every split is a unit, then every tile.
-        float* partials = Pool::scratch(1, count * most * floats);
-        pool.run(count * most, [&](int64_t unit) {
-            const Tile& tile = tiles.own[unit / most / kv_heads];
-            const int64_t s = unit % most;
-            if (s >= tile.splits) return;
-            const Room room = Room::at(Pool::scratch(2, Room::floats(tile_rows, p.heads.dim)), tile_rows);
-            split_of<T>(p, tile, unit / most % kv_heads, tile.first_split + s, partial_at(partials + unit * floats), room);
-        });
-        pool.run(count, [&](int64_t unit) {
-            const Tile& tile = tiles.own[unit / kv_heads];
-            Partial sum = partial_at(partials + unit * most * floats);
-            for (int64_t s = 1; s < tile.splits; s++)
-                merge(tile.tokens * p.sharing(), width, sum, partial_at(partials + (unit * most + s) * floats));
-            finish(p, tile, unit % kv_heads, sum);
-        });
-        return;
-    }
-    // What a row has summed up in a shared tile: [T, Hq] of its sums, highest score and total.
-    float* begun = tiles.shared.empty() ? nullptr : Pool::scratch(1, p.batch.tokens * p.heads.query * (width + 2));
-    auto begun_of = [&](const Tile& tile, int64_t kv_head, int64_t r) {
-        return begun + (tile.token(r / p.sharing()) * p.heads.query + kv_head * p.sharing() + r % p.sharing()) * (width + 2);
-    };
-    auto sum_up = [&](const Tile& tile, int64_t kv_head, const auto& use) {
-        const int64_t rows = tile.tokens * p.sharing();
-        float* scratch = Pool::scratch(2, 2 * floats + Room::floats(tile_rows, p.heads.dim));
-        Partial sum = partial_at(scratch), next = partial_at(scratch + floats);
-        const Room room = Room::at(scratch + 2 * floats, tile_rows);
-        if (tile.begun) {
-            for (int64_t r = 0; r < rows; r++) {
-                const float* from = begun_of(tile, kv_head, r);
-                std::copy(from, from + width, sum.out + r * width);
-                std::copy(from + width, from + width + 2, sum.state + 2 * r);
-            }
-        } else {
-            split_of<T>(p, tile, kv_head, tile.first_split, sum, room);
+    const int64_t width = p.width();
+    Sums<T> sums(pool, p, tiles.shared.empty() ? nullptr : Pool::scratch(1, p.batch.tokens * p.heads.query * (width + 2)));
+    sums.of(tiles.shared, [&](const Tile& tile, int64_t kv_head, const Partial& sum) {
+        for (int64_t r = 0; r < tile.tokens * p.sharing(); r++) {
+            const Partial to = sums.begun(tile, kv_head, r);
+            std::copy(sum.out + r * width, sum.out + (r + 1) * width, to.out);
+            std::copy(sum.state + 2 * r, sum.state + 2 * r + 2, to.state);
         }
-        for (int64_t s = std::max<int64_t>(1, tile.begun); s < tile.splits; s++) {
-            split_of<T>(p, tile, kv_head, tile.first_split + s, next, room);
-            merge(rows, width, sum, next);
-        }
-        use(rows, sum);
-    };
-    pool.run(static_cast<int64_t>(tiles.shared.size()) * kv_heads, [&](int64_t unit) {
-        const Tile& tile = tiles.shared[unit / kv_heads];
-        sum_up(tile, unit % kv_heads, [&](int64_t rows, const Partial& sum) {
-            for (int64_t r = 0; r < rows; r++) {
-                float* to = begun_of(tile, unit % kv_heads, r);
-                std::copy(sum.out + r * width, sum.out + (r + 1) * width, to);
-                std::copy(sum.state + 2 * r, sum.state + 2 * r + 2, to + width);
-            }
-        });
     });
-    auto whole = [&](int64_t unit) {
-        const Tile& tile = tiles.own[unit / kv_heads];
-        sum_up(tile, unit % kv_heads, [&](int64_t, const Partial& sum) { finish(p, tile, unit % kv_heads, sum); });
-    };
-    // One token that sees little takes less time than to tell the threads of it.
-    if (p.batch.tokens == 1 && most == 1)
-        for (int64_t unit = 0; unit < count; unit++) whole(unit);
-    else
-        pool.run(count, whole);
+    sums.of(tiles.own, [&](const Tile& tile, int64_t kv_head, const Partial& sum) { finish(p, tile, kv_head, sum); });
 }
 
 }  // namespace

@@ -51,6 +51,7 @@ struct Tile {
     bool tree;                    // one token of a tree
 
     int64_t token(int64_t i) const { return listed ? listed[i] : from + i; }
+    int64_t own_splits() const { return splits - begun; }
 };
 
 class Tiles {
@@ -66,8 +67,7 @@ class Tiles {
         own = {room, static_cast<size_t>(cut(room))};
         shared = {room + most, static_cast<size_t>(share(room + most, order, order + most))};
         auto longer = [](const Tile& a, const Tile& b) {
-            const int64_t left = a.splits - a.begun, other = b.splits - b.begun;
-            return left != other ? left > other : a.from < b.from;
+            return a.own_splits() != b.own_splits() ? a.own_splits() > b.own_splits() : a.from < b.from;
         };
         std::sort(own.begin(), own.end(), longer);
         std::sort(shared.begin(), shared.end(), longer);

@@ -40,7 +40,7 @@ struct Room {
 }  // namespace
 
 float* Pool::scratch(int slot, size_t floats) {
-    thread_local Room rooms[3];
+    thread_local Room rooms[4];
     return rooms[slot].of(floats);
 }
 
