@@ -4,14 +4,15 @@ GetStatus ─▶ ask ─▶ Probe to every child that is ready ─▶ Snapshot �
 """
 
 import asyncio
-import subprocess
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from headrace.engine.actor import Post
 from headrace.engine.config import Config
+from headrace.engine.fork_server import stat_of
 from headrace.engine.messages.lifecycle import ChildStatus, GetStatus, Probe, Progress, Series, Snapshot, Status
 from headrace.engine.metrics import Metrics
 from headrace.engine.names import SCHEDULER, server_names, tokenizer_names, worker_names
@@ -44,7 +45,8 @@ class Child:
 
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
-        self.process: subprocess.Popen | None = None
+        self.pid: int | None = None
+        """0 while it is asked for and not yet born; None while there is none."""
         self.pidfd = -1
         self.state = "starting"
         self.restarts = -1
@@ -61,16 +63,36 @@ class Child:
         """When it died that was not meant to, until it is back; monotonic seconds."""
         self.still_since: float | None = None
         """Since when it does nothing although it is still starting, monotonic seconds."""
+        self._fate: signal.Signals | None = None
+        """What it is to get as soon as it is born."""
         self._cpu_ticks = -1
+
+    def adopt(self, pid: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        fate, self._fate = self._fate, None
+        if fate is not None:
+            os.kill(pid, fate)
+
+    def bury(self) -> int:
+        """Its exit status, or minus the signal that ended it, once its pidfd is readable."""
+        assert self.pid
+        os.close(self.pidfd)
+        pid, self.pid = self.pid, None
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal; nothing happens when there is no process."""
+        if self.pid:
+            os.kill(self.pid, number)
+        elif self.pid == 0:
+            self._fate = number
 
     def moves(self) -> bool:
         """Whether it has used CPU time since this was last asked, or would if it had a core or its disk's answer."""
-        assert self.process
-        try:
-            # See proc(5). The command's name, in parentheses, may hold spaces.
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
+        if not self.pid:
             return True
+        fields = stat_of(self.pid)
         before, self._cpu_ticks = self._cpu_ticks, sum(map(int, fields[11:13]))
         return fields[0] in "RD" or self._cpu_ticks != before
 
@@ -127,8 +149,7 @@ class Census:
         probing.timer.cancel()
         now = time.monotonic()
         children = [
-            ChildStatus(child.spec.name, child.state, child.process.pid if child.process else 0, child.restarts, now - child.born)
-            for child in self._children.values()
+            ChildStatus(child.spec.name, child.state, child.pid or 0, child.restarts, now - child.born) for child in self._children.values()
         ]
         restarts = [
             Series("headrace_restarts_total", "counter", "Restarts by process.", (("process", child.name),), float(child.restarts))

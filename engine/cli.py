@@ -90,11 +90,15 @@ def serve(arguments: Sequence[str]) -> int:
     path = flags.pop("config", None)
     config = settings.load(flags, os.environ, path)
 
-    from headrace.engine import supervisor
-    from headrace.engine.checkpoint.resolve import resolve
+    from headrace.engine.fork_server import ForkServer
 
     try:
-        return supervisor.run(config, resolve(config))
+        # Its process imports what all others need while this one does the same.
+        with ForkServer() as forks:
+            from headrace.engine import supervisor
+            from headrace.engine.checkpoint.resolve import resolve
+
+            return supervisor.run(config, resolve(config), forks)
     except UserError:
         if config.log_level == "debug":
             import traceback

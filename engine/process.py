@@ -1,7 +1,7 @@
-"""How a child process of the engine lives: birth certificate, death pipe, event loop, readiness.
+"""How a child process of the engine lives: role, birth certificate, death pipe, event loop, readiness.
 
-The supervisor starts `python -m headrace.<module> RUN_DIR NAME INCARNATION DEATH_FD`. The module calls `main(build)`; `build` gets a
-`Process` and returns the actor. Everything slow (loading a model) happens in `build`, before the supervisor is told `Started`.
+The supervisor has its fork server (`engine.fork_server`) fork a process, which runs the `ROLE` of its module. `build` gets a `Process` and
+returns the actor. Everything slow (loading a model) happens in `build`, before the supervisor is told `Started`.
 
 The death pipe is a pipe whose write end only the supervisor holds. When that process ends, however it ends, the read end
 reports it, and a thread that does nothing else takes this process down, even if its event loop is stuck in native code.
@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import uvloop
@@ -117,22 +118,31 @@ def die_with_parent(death_fd: int, run_dir: Path) -> None:
     threading.Thread(target=wait, name="death-pipe", daemon=True).start()
 
 
-def main(union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:
-    """Run the child: `union` is what its mailbox accepts beside `ToChild`; `Probe` is answered here, the actor gets the rest."""
-    run_dir, name, incarnation, death_fd = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    die_with_parent(death_fd, run_dir)
-    spec = read_spec(run_dir)
-    logging.basicConfig(level=spec.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr)
-    process = Process(run_dir, name, incarnation, spec)
-    try:
-        uvloop.run(_live(process, union, build))
-    except UserError as error:
-        fatal = process.context.socket(zmq.PUSH)
-        fatal.connect(process.address(SUPERVISOR))
-        fatal.send(msgspec.msgpack.encode(Fatal(name, str(error))))
-        # Closes the mailbox too, which the error's traceback keeps alive.
-        process.context.destroy(linger=1000)
-        sys.exit(EXIT_FATAL)
+class Role(NamedTuple):
+    """What the module of a child process offers."""
+
+    union: object
+    """What its mailbox accepts beside `ToChild`; `Probe` is answered here, the actor gets the rest."""
+    build: Callable[[Process], Awaitable[Actor]]
+    preload: Callable[[str], None] | None = None
+    """Imports what `build` will import with such kernels (the setting), so that it need not; must do nothing else."""
+
+    def run(self, run_dir: Path, name: str, incarnation: int, death_fd: int) -> int:
+        """Be this child until told to stop; the exit status."""
+        die_with_parent(death_fd, run_dir)
+        spec = read_spec(run_dir)
+        logging.basicConfig(level=spec.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {name}: %(message)s", stream=sys.stderr)
+        process = Process(run_dir, name, incarnation, spec)
+        try:
+            uvloop.run(_live(process, self.union, self.build))
+        except UserError as error:
+            fatal = process.context.socket(zmq.PUSH)
+            fatal.connect(process.address(SUPERVISOR))
+            fatal.send(msgspec.msgpack.encode(Fatal(name, str(error))))
+            # Closes the mailbox too, which the error's traceback keeps alive.
+            process.context.destroy(linger=1000)
+            return EXIT_FATAL
+        return 0
 
 
 def collect_seldom() -> None:
@@ -146,6 +156,7 @@ def collect_seldom() -> None:
     # What is frozen is not taken apart at the end either, which extensions count as leaks and say so.
     atexit.register(gc.unfreeze)
     gc.set_threshold(50_000, 20, 100)
+    gc.enable()
 
 
 async def _live(process: Process, union: object, build: Callable[[Process], Awaitable[Actor]]) -> None:

@@ -3,7 +3,7 @@
     ready      asked for a sign of life now and then; the scheduler's tells for how long its workers have owed it a step
     starting   may take as long as it takes to read a model, and cannot answer: whether it computes or reads is seen from outside
 
-Who gave none for `limit` seconds is put down.
+Who gave none for `limit` seconds is put down. The fork server mostly waits; but if it was stopped nobody would be started any more.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from headrace.engine.actor import Post
 from headrace.engine.children import WORKERS, Child
+from headrace.engine.fork_server import ForkServer
 from headrace.engine.messages.lifecycle import Probe, Snapshot
 
 PULSES = 4
@@ -24,11 +25,14 @@ PULSE = -1
 class Pulse:
     """Watches `children`; `put_down` is told which of them hangs, and why one thinks so."""
 
-    def __init__(self, post: Post, children: Mapping[str, Child], limit: float, put_down: Callable[[Child, str], None]) -> None:
+    def __init__(
+        self, post: Post, children: Mapping[str, Child], limit: float, put_down: Callable[[Child, str], None], forks: ForkServer
+    ) -> None:
         self._post = post
         self._children = children
         self._limit = limit
         self._put_down = put_down
+        self._forks = forks
 
     async def feel_all(self) -> None:
         """Again and again, without end."""
@@ -39,6 +43,9 @@ class Pulse:
             now = time.monotonic()
             # Where this process itself stood still, answers may lie unread.
             late, asked = now - asked > 2 * interval, now
+            if self._forks.stands_still():
+                self._forks.kill()
+            self._forks.bury_strangers(lambda: {child.pid for child in self._children.values() if child.pid})
             self._watch_starts(now, late)
             for child in self._children.values():
                 if child.state == "ready":
@@ -63,7 +70,7 @@ class Pulse:
         self._post.send(child.spec.name, Probe(PULSE))
 
     def _watch_starts(self, now: float, late: bool) -> None:
-        starting = [child for child in self._children.values() if child.state != "ready" and child.process]
+        starting = [child for child in self._children.values() if child.state != "ready" and child.pid is not None]
         # One of a group may wait for the others.
         at_work = {child.spec.group for child in starting if child.moves()}
         for child in starting:

@@ -1,8 +1,8 @@
 """The supervisor: starts the engine's processes, sees them die, starts them again, and ends them all.
 
-It follows Erlang's supervisors. Each child has a `ChildSpec` (how to start it, which group dies with it) and says `Started` when it is
-ready. A death is seen at once through the child's pidfd; the siblings are told, the child is started anew. Too many deaths in too
-short a time mean that starting again does not help, and the engine stops with a message.
+It follows Erlang's supervisors. Each child has a `ChildSpec` (how to start it, which group dies with it), is forked by the fork server, and
+says `Started` when it is ready. A death is seen at once through the child's pidfd; the siblings are told, the child is started anew. Too
+many deaths in too short a time mean that starting again does not help, and the engine stops with a message.
 
 A child can also hang: stopped from outside, or stuck in a call. So each is asked for a sign of life now and then, and the scheduler tells
 for how long it has waited for a step. Who owes an answer for too long, or does nothing while it starts, is killed (`engine/pulse.py`), and
@@ -17,12 +17,11 @@ ends everything at once; SIGTERM drains first; when the supervisor itself dies, 
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -39,9 +38,11 @@ from headrace.engine.checkpoint.resolve import resolve
 from headrace.engine.children import Census, Child, ChildSpec, engine_children
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
+from headrace.engine.fork_server import ForkServer
 from headrace.engine.messages.lifecycle import (
     Answered,
     Ask,
+    Born,
     Drain,
     Drained,
     EngineState,
@@ -79,10 +80,14 @@ OPENING = 0
 
 
 class Supervisor:
-    """Owns the processes of `children`. `on_ready` is called once, with the server's address, when the engine first takes requests."""
+    """Owns the processes of `children`, which `forks` starts. `on_ready` is called once, with the server's address, when the engine first
+    takes requests."""
 
-    def __init__(self, config: Config, model: ModelFiles, children: list[ChildSpec], on_ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, model: ModelFiles, children: list[ChildSpec], on_ready: Callable[[str], None], forks: ForkServer
+    ) -> None:
         self._config = config
+        self._forks = forks
         self._run_dir = make_run_dir()
         self._context = zmq.Context()
         self._post = Post(self._context, self._run_dir)
@@ -97,7 +102,7 @@ class Supervisor:
         self._metrics = Metrics()
         self._rejected = self._metrics.counter(REJECTED_FRAMES, REJECTED_FRAMES_HELP, (("process", SUPERVISOR),))
         self._census = Census(self._post, self._children, self._metrics, lambda: self._state)
-        self._pulse = Pulse(self._post, self._children, config.hang_timeout, self._put_down)
+        self._pulse = Pulse(self._post, self._children, config.hang_timeout, self._put_down, forks)
         self._undrained: set[str] = set()
         self._all_drained = asyncio.Event()
         self._leaving = False
@@ -110,7 +115,6 @@ class Supervisor:
         """The exit status, once the engine is to end."""
         self._spec = EngineSpec(config, model)
         self._write_spec()
-        self._death_read, self._death_write = os.pipe()
 
     async def run(self) -> int:
         """Start everything and live until told to stop; the exit status."""
@@ -120,6 +124,7 @@ class Supervisor:
         mailbox.open(self)
         loop.add_signal_handler(signal.SIGINT, self._end, 0)
         loop.add_signal_handler(signal.SIGTERM, self._drain)
+        self._forks.open(loop, self._born, self._fork_server_died)
         try:
             for child in self._children.values():
                 self._start(child)
@@ -180,16 +185,28 @@ class Supervisor:
         child.state = "starting" if child.restarts == 0 else "restarting"
         child.born = time.monotonic()
         child.owes_since = child.still_since = None
-        command = [sys.executable, "-m", child.spec.module, str(self._run_dir), child.spec.name]
-        command += [str(child.incarnation), str(self._death_read)]
-        # A session of its own: Ctrl-C in the terminal is for the supervisor, which tells the children.
-        # OpenMP's threads must not spin for cores that other processes of the engine need.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-        child.process = subprocess.Popen(
-            command, pass_fds=[self._death_read], stdin=subprocess.DEVNULL, start_new_session=True, env=environment
-        )
-        child.pidfd = os.pidfd_open(child.process.pid)
+        child.pid = 0
+        self._forks.bear(child.spec.module, self._run_dir, child.spec.name, child.incarnation)
+
+    def _born(self, born: Born) -> None:
+        child = next(child for child in self._children.values() if child.incarnation == born.incarnation)
+        child.adopt(born.pid)
         asyncio.get_running_loop().add_reader(child.pidfd, self._died, child)
+
+    def _fork_server_died(self, how: str) -> None:
+        """Have another one, and ask it for whom the one before has not forked."""
+        if self._done is None or self._done.done():
+            return
+        if self._state == "starting":
+            self._fail(f"the fork server ended {how} before all was ready; its own messages stand above")
+        elif self._too_many_deaths():
+            self._fail(f"{len(self._deaths)} deaths of processes within {RESTART_WINDOW:.0f} s (the last: fork server, {how}): giving up")
+        else:
+            self._forks.launch_again(asyncio.get_running_loop())
+            log.warning("the fork server ended %s: there is another one", how)
+            for child in self._children.values():
+                if child.pid == 0:
+                    self._forks.bear(child.spec.module, self._run_dir, child.spec.name, child.incarnation)
 
     def _started(self, message: Started) -> None:
         child = self._children[message.child]
@@ -205,6 +222,8 @@ class Supervisor:
         if self._all_ready and self._state in ("starting", "recovering"):
             if self._state == "starting":
                 self._keep_port(self._address())
+                modules = {child.spec.module for child in self._children.values()}
+                self._forks.learn(sorted(modules), self._config.kernels)
             self._turn("ready")
         elif message.child in self._servers:
             self._tell_state(message.child)
@@ -229,16 +248,13 @@ class Supervisor:
 
     def _died(self, child: Child) -> None:
         """The child's pidfd is readable: it is dead."""
-        assert child.process
         loop = asyncio.get_running_loop()
         loop.remove_reader(child.pidfd)
-        os.close(child.pidfd)
-        status = child.process.wait()
-        child.process = None
+        status = child.bury()
         child.state = "stopped"
         if self._changing is None and child.died is None:
             child.died = time.monotonic()
-        if not any(other.process for other in self._children.values()):
+        if not any(other.pid for other in self._children.values()):
             self._all_dead.set()
         if self._done is None or self._done.done():
             return
@@ -248,7 +264,7 @@ class Supervisor:
         for other in self._children.values():
             # Not to one that is still starting: it would read this late, when it knows the successor already, and take that for dead.
             # It has asked nothing of the dead one, or will ask again: whoever starts announces itself to its peers.
-            if other is not child and other.process and other.state == "ready":
+            if other is not child and other.pid and other.state == "ready":
                 self._post.send(
                     other.spec.name, PeerDied(name, child.incarnation, by_itself=not child.doomed and status != -signal.SIGKILL)
                 )
@@ -275,15 +291,15 @@ class Supervisor:
     def _doom_group(self, child: Child) -> None:
         """Kill the others of a dead child's group; their own deaths start them again."""
         for other in self._children.values():
-            if other is not child and other.spec.group == child.spec.group and other.process and not other.doomed:
+            if other is not child and other.spec.group == child.spec.group and other.pid is not None and not other.doomed:
                 other.doomed = True
-                other.process.kill()
+                other.signal(signal.SIGKILL)
 
     def _put_down(self, child: Child, why: str) -> None:
         """Kill a child that cannot be trusted any more; its death starts it again."""
-        if child.process and not child.doomed:
+        if child.pid is not None and not child.doomed:
             log.error("restarting %s: %s", child.spec.name, why)
-            child.process.kill()
+            child.signal(signal.SIGKILL)
 
     def _too_many_deaths(self) -> bool:
         """Count one more death."""
@@ -417,9 +433,9 @@ class Supervisor:
             if child.spec.name in self._servers:
                 continue
             child.restarts -= 1  # This is none.
-            if child.process:
+            if child.pid is not None:
                 child.doomed, child.state = True, "restarting"
-                child.process.kill()
+                child.signal(signal.SIGKILL)
             else:
                 self._start(child)
         failure = await changing
@@ -443,20 +459,21 @@ class Supervisor:
 
     async def _stop(self) -> None:
         """End every child: politely, then not."""
-        for child in self._children.values():
-            if child.process:
-                child.process.terminate()
-        try:
-            await asyncio.wait_for(self._all_dead.wait(), STOP_GRACE)
-        except TimeoutError:
+        self._all_dead.clear()
+        # Nobody is born any more, but for those that were on their way.
+        self._forks.close()
+        for number in (signal.SIGTERM, signal.SIGKILL):
             for child in self._children.values():
-                if child.process:
-                    child.process.kill()
-            await self._all_dead.wait()
+                child.signal(number)
+            with contextlib.suppress(TimeoutError):
+                if any(child.pid for child in self._children.values()):
+                    await asyncio.wait_for(self._all_dead.wait(), STOP_GRACE)
+                return
 
 
-def run(config: Config, model: ModelFiles, worker_module: str = "headrace.workers.runner") -> int:
-    """Serve `model` until SIGINT or SIGTERM; the exit status. Prints one line to stderr when the engine is ready."""
+def run(config: Config, model: ModelFiles, forks: ForkServer, worker_module: str = "headrace.workers.runner") -> int:
+    """Serve `model` until SIGINT or SIGTERM; the exit status. Prints one line to stderr when the engine is ready. It is the end of
+    `forks` too."""
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s supervisor: %(message)s", stream=sys.stderr)
     begun = time.monotonic()
 
@@ -464,6 +481,6 @@ def run(config: Config, model: ModelFiles, worker_module: str = "headrace.worker
         print(f"headrace: {model.name} is ready on {address} after {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
 
     async def live() -> int:
-        return await Supervisor(config, model, engine_children(config, worker_module), announce).run()
+        return await Supervisor(config, model, engine_children(config, worker_module), announce, forks).run()
 
     return uvloop.run(live())

@@ -4,6 +4,8 @@ A worker asks once, at its start. Whatever cannot be had is refused by name, sav
 the CPU's own kernels, and falls back to the reference and says so.
 """
 
+import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -24,6 +26,18 @@ GPU_NODES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Where the drivers of NVIDIA's and AMD's GPUs are found: without either nobody waits for torch to look."""
 
 
+def load(kind: str) -> None:
+    """Import what `make_backend` will for this kind, as far as it is there, and do nothing else: processes that are forked later share it,
+    and no GPU may be in use by then."""
+    with contextlib.suppress(ImportError):
+        if kind == "reference":
+            importlib.import_module("headrace.kernels.reference")
+        elif kind == "triton" or (kind == "auto" and _has_gpu()):
+            importlib.import_module("headrace.kernels.triton")
+        else:
+            importlib.import_module("headrace.kernels.cpu")
+
+
 def make_backend(kind: str, device: str = "cpu", threads: int | None = None, activations: str = "f32") -> Backend:
     """The backend of `kind` (one of KINDS) on `device` ("cpu", "cuda", "cuda:1", …). `threads` bounds the CPU threads of an op; None lets
     the backend choose. `activations` is "f32", "int8", "bf16" or "auto": what weights are multiplied with; on a GPU, "f32" makes
@@ -34,7 +48,7 @@ def make_backend(kind: str, device: str = "cpu", threads: int | None = None, act
     """
     if kind not in KINDS:
         raise KernelsUnavailable(f'kernels "{kind}" are not known: choose one of {", ".join(KINDS)}')
-    if kind == "triton" or (kind == "auto" and device == "cpu" and any(node.exists() for node in GPU_NODES)):
+    if kind == "triton" or (kind == "auto" and device == "cpu" and _has_gpu()):
         try:
             return _triton(device, activations, only_on_a_gpu=kind == "auto")
         except KernelsUnavailable as reason:
@@ -59,6 +73,10 @@ def make_backend(kind: str, device: str = "cpu", threads: int | None = None, act
         return CpuBackend(threads, activations=activations)
     except ValueError as reason:
         raise KernelsUnavailable(f"the native CPU kernels cannot run: {reason}") from None
+
+
+def _has_gpu() -> bool:
+    return any(node.exists() for node in GPU_NODES)
 
 
 def _reference(device: str, threads: int | None, activations: str) -> Backend:

@@ -1,7 +1,4 @@
-"""The server process: an actor for the supervisor's messages, and the web application beside it on the same loop.
-
-Run as `python -m headrace.server.server`.
-"""
+"""The server process: an actor for the supervisor's messages, and the web application beside it on the same loop."""
 
 import asyncio
 import errno
@@ -13,7 +10,7 @@ from headrace.engine.errors import UserError
 from headrace.engine.messages.lifecycle import Answered, Drain, Drained, EngineState, NewModel, PeerDied, Status, ToServer
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names
-from headrace.engine.process import Process, main, read_spec
+from headrace.engine.process import Process, Role, read_spec
 from headrace.server.app import make_app
 from headrace.server.connections import Runner
 from headrace.server.meters import RequestMeters
@@ -114,5 +111,4 @@ async def build(process: Process) -> Server:
     return server
 
 
-if __name__ == "__main__":
-    main(ToServer, build)
+ROLE = Role(ToServer, build)

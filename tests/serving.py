@@ -27,9 +27,11 @@ _SERVE = """
 import sys, msgspec
 from headrace.engine.checkpoint.resolve import resolve
 from headrace.engine.config import Config
+from headrace.engine.fork_server import ForkServer
 from headrace.engine.supervisor import run
 config = msgspec.json.decode(sys.argv[1], type=Config)
-sys.exit(run(config, resolve(config), worker_module=sys.argv[2]))
+with ForkServer() as forks:
+    sys.exit(run(config, resolve(config), forks, worker_module=sys.argv[2]))
 """
 
 FAKE = "headrace.workers.fake"
@@ -131,8 +133,8 @@ class Engine:
 
     def run_dir(self) -> Path:
         """Where the processes' sockets are."""
-        words = Path(f"/proc/{self.pids()['scheduler']}/cmdline").read_bytes().decode().split("\0")
-        return Path(words[words.index("scheduler") - 1])
+        title = Path(f"/proc/{self.pids()['scheduler']}/cmdline").read_bytes().rstrip(b"\0").decode()
+        return Path(title.removeprefix("headrace scheduler "))
 
     def kill(self, name: str) -> None:
         os.kill(self.pids()[name], signal.SIGKILL)

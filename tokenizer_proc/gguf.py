@@ -60,11 +60,8 @@ _NAMES = {
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], path: str) -> Tokenizer:
     cut = _cut(metadata, path)
-    merges = []
-    for merge in metadata.get("tokenizer.ggml.merges", ()):
-        # The left half may itself begin with a space, so its first character is no separator.
-        middle = merge.find(" ", 1)
-        merges.append((merge[:middle], merge[middle + 1 :]))
+    # The left half may itself begin with a space, so its first character is no separator.
+    merges = [(merge[: (middle := merge.find(" ", 1))], merge[middle + 1 :]) for merge in metadata.get("tokenizer.ggml.merges", ())]
     backend = Tokenizer(_bpe(tokens, merges, path, ignore_merges=cut.whole_words))
     if cut.composed:
         backend.normalizer = normalizers.NFC()

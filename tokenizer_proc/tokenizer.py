@@ -42,7 +42,7 @@ from headrace.engine.messages.lifecycle import PeerDied
 from headrace.engine.messages.tokens import Cancel, FromScheduler, Refused, SchedulerUp, Tokens
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SCHEDULER, desk_name
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 from headrace.tokenizer_proc.chat import ChatTemplates
 from headrace.tokenizer_proc.live import Live
 from headrace.tokenizer_proc.prompts import encode, fit, param_of, size_of
@@ -476,5 +476,4 @@ async def build(process: Process) -> TokenizerActor:
     return TokenizerActor(process, tokenizer, templates)
 
 
-if __name__ == "__main__":
-    main(FromScheduler, build)
+ROLE = Role(FromScheduler, build)

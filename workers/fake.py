@@ -1,13 +1,13 @@
 """A worker without a model: keeps the ledger like a real one and emits tokens that follow from seed and position alone.
 
 With it the whole control plane (processes, wires, scheduling, recovery) can be tested and timed by itself. Run as
-`python -m headrace.workers.fake`, in the place of `headrace.workers.runner`.
+`headrace.workers.fake`, in the place of `headrace.workers.runner`.
 """
 
 from headrace.engine.ledger.ledger import Row
 from headrace.engine.messages.steps import ToWorker
 from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 from headrace.workers.worker import Outcome, Worker, rank_of
 
 PAGES = 65536
@@ -53,5 +53,4 @@ async def build(process: Process) -> Worker:
     return Worker(process, rank_of(process.name), FakeRunner(process.config.page_size, process.model.vocab_size))
 
 
-if __name__ == "__main__":
-    main(ToWorker, build)
+ROLE = Role(ToWorker, build)

@@ -6,7 +6,7 @@
 A draft is right if it is the token that is sampled in its place anyway. Sampling is a function of seed and position, so what is emitted
 is the same with drafts and without, greedy or not.
 
-Run as `python -m headrace.workers.runner`, one process a rank.
+One process a rank.
 """
 
 import math
@@ -21,10 +21,10 @@ from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import ToWorker
 from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 from headrace.engine.sizes import parse_size
 from headrace.kernels.ops import Array, Backend, SamplingBatch
-from headrace.kernels.select import KernelsUnavailable, make_backend
+from headrace.kernels.select import KernelsUnavailable, load, make_backend
 from headrace.workers.batch import build_batch
 from headrace.workers.cache import weights_folder, weights_version
 from headrace.workers.draft.ngram import NGram
@@ -223,6 +223,11 @@ def page_count(page_bytes: int, room: int, asked: str | None) -> int:
     return pages
 
 
+def preload(kernels: str) -> None:
+    """Import the kernels that `build` will use."""
+    load(kernels)
+
+
 async def build(process: Process) -> Worker:
     """Load the model and warm it up."""
     config, model = process.config, process.model
@@ -249,5 +254,4 @@ async def build(process: Process) -> Worker:
     return Worker(process, rank_of(process.name), runner)
 
 
-if __name__ == "__main__":
-    main(ToWorker, build)
+ROLE = Role(ToWorker, build, preload)

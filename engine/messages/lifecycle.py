@@ -1,5 +1,7 @@
 """Between the supervisor and its children: birth, readiness, health, metrics, drain, another model, death.
 
+supervisor ── Bear, Learn ──▶ fork server ── fork ──▶ child ── Born ──▶ supervisor
+
 supervisor ── Drain, Resume, Probe, PeerDied ──▶ child         ── EngineState, NewModel, Status, Answered ──▶ server
 supervisor ◀─ Started, Snapshot, Drained, Fatal ── child       ◀─ GetStatus, Ask ── server
 """
@@ -7,6 +9,29 @@ supervisor ◀─ Started, Snapshot, Drained, Fatal ── child       ◀─ Ge
 from typing import Literal
 
 from headrace.engine.messages.wire import Message
+
+
+class Bear(Message):
+    """Fork a child, which runs the `ROLE` of `module`."""
+
+    module: str
+    run_dir: str
+    name: str
+    incarnation: int
+
+
+class Learn(Message):
+    """Import these modules, which children will run with these kernels (the setting)."""
+
+    modules: list[str]
+    kernels: str
+
+
+class Born(Message):
+    """The child of a `Bear` is there."""
+
+    incarnation: int
+    pid: int
 
 
 class Started(Message):

@@ -24,7 +24,7 @@ from headrace.engine.messages.steps import Begin, FromWorker, Hello, Plan, StepR
 from headrace.engine.messages.tokens import Cancel, Refused, SchedulerUp, Submit, TokenEnd, ToScheduler
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names, worker_names
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 from headrace.engine.scheduler.admission import Admission, Load
 from headrace.engine.scheduler.ahead import plan_ahead
 from headrace.engine.scheduler.delivery import Delivery
@@ -437,5 +437,4 @@ async def build(process: Process) -> Scheduler:
     return Scheduler(process)
 
 
-if __name__ == "__main__":
-    main(ToScheduler | FromWorker, build)
+ROLE = Role(ToScheduler | FromWorker, build)

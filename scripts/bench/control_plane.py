@@ -37,9 +37,11 @@ SERVE = """
 import sys, msgspec
 from headrace.engine.checkpoint.resolve import resolve
 from headrace.engine.config import Config
+from headrace.engine.fork_server import ForkServer
 from headrace.engine.supervisor import run
 config = msgspec.json.decode(sys.argv[1], type=Config)
-sys.exit(run(config, resolve(config), worker_module="headrace.workers.fake"))
+with ForkServer() as forks:
+    sys.exit(run(config, resolve(config), forks, worker_module="headrace.workers.fake"))
 """
 GOAL_TOKENS_S = 20_000
 GOAL_ADDED_MS = 0.5

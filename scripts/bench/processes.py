@@ -108,14 +108,15 @@ def tree(pid: int) -> Iterator[int]:
 
 
 def name_of(pid: int) -> str:
-    """The engine's name for a process: the argument after its run directory; the one without is the supervisor."""
+    """The engine's name for a process: the second word of the title that children have, the module of what they start themselves; the one
+    without either is the supervisor."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").split()
     except OSError:
         return f"gone-{pid}"
-    if "-m" in words and len(words) > words.index("-m") + 3:
-        return words[words.index("-m") + 3]
-    return "supervisor"
+    if words[:1] == ["headrace"]:
+        return words[1]
+    return words[words.index("-m") + 1].rpartition(".")[2] if "-m" in words else "supervisor"
 
 
 def usage_of(pid: int) -> Usage:

@@ -24,6 +24,7 @@ from headrace.client import AsyncClient
 from tests.serving import REAL, Served
 
 PACED = "tests.e2e.paced"
+FORK_SERVER = "fork-server"
 HELLO = [{"role": "user", "content": "hello"}]
 
 PATIENCE = 120.0
@@ -164,8 +165,10 @@ class Chaos:
                 raise RuntimeError(f"an undisturbed stream failed: {lost[0]}")
             slots = [asyncio.create_task(self._slot(client, place)) for place in range(self.options.streams)]
             before = await asyncio.to_thread(self._memory)
-            await self._disturb()
-            self._over.set()
+            try:
+                await self._disturb()
+            finally:
+                self._over.set()
             await asyncio.wait_for(asyncio.gather(*slots), PATIENCE)
         self.served.until_state("ready", 30)
         self.served.until_empty(30)
@@ -205,15 +208,15 @@ class Chaos:
         found = {}
         for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                if len(words) > 4 and words[1] == "-m":
-                    found[words[4]] = int(pid)
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").split()
+                if words[:1] == ["headrace"]:
+                    found[words[1]] = int(pid)
         return found
 
     def _until_recovered(self, blow: Blow) -> None:
         """Wait until the process is back and the engine moves again."""
         served = self.served
-        served.until_line(f"{blow.name} is back", self._seen, 60)
+        served.until_line("there is another one" if blow.name == FORK_SERVER else f"{blow.name} is back", self._seen, 60)
         served.until_state("ready", 60)
         step = self._step()
         deadline = time.monotonic() + 60

@@ -1,7 +1,7 @@
 """A paced worker whose memory fails when a test says so: one bit of its ledger flips, in the step in which that first matters.
 
 The test leaves a file `flip.<rank>` in the run directory. The next step of that rank that takes a page takes a wrong one, and the worker
-says in its log which step that was. Run as `python -m tests.e2e.flipping`.
+says in its log which step that was.
 """
 
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from headrace.engine.ledger.ledger import Ledger
 from headrace.engine.messages.steps import Plan, ToWorker
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 from headrace.workers.worker import Worker, rank_of
 from tests.e2e.paced import PacedRunner
 
@@ -51,5 +51,4 @@ async def build(process: Process) -> Worker:
     return FlippingWorker(process, rank_of(process.name))
 
 
-if __name__ == "__main__":
-    main(ToWorker, build)
+ROLE = Role(ToWorker, build)

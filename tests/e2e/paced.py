@@ -1,7 +1,7 @@
 """A worker that takes its time, for tests of what happens while requests run: a step lasts STEP_S, as it would with a model.
 
 Each token follows from the seed and from every token before it, prompt included. So a request that goes on after a restart with a token
-lost, doubled or moved gives another text from there on. Run as `python -m tests.e2e.paced`.
+lost, doubled or moved gives another text from there on.
 """
 
 import time
@@ -11,7 +11,7 @@ from array import array
 from headrace.engine.ledger.ledger import Row
 from headrace.engine.messages.steps import ToWorker
 from headrace.engine.messages.tokens import TokenLogprobs
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 from headrace.workers.fake import PAGES, fake_token
 from headrace.workers.worker import Outcome, Worker, rank_of
 
@@ -49,5 +49,4 @@ async def build(process: Process) -> Worker:
     return Worker(process, rank_of(process.name), PacedRunner(process.config.page_size, process.model.vocab_size))
 
 
-if __name__ == "__main__":
-    main(ToWorker, build)
+ROLE = Role(ToWorker, build)

@@ -1,10 +1,10 @@
-"""The paced worker, which will not serve models of some names. Run as `python -m tests.e2e.picky`."""
+"""The paced worker, which will not serve models of some names."""
 
 import os
 
 from headrace.engine.errors import UserError
 from headrace.engine.messages.steps import ToWorker
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 from headrace.workers.worker import Worker
 from tests.e2e import paced
 
@@ -17,5 +17,4 @@ async def build(process: Process) -> Worker:
     return await paced.build(process)
 
 
-if __name__ == "__main__":
-    main(ToWorker, build)
+ROLE = Role(ToWorker, build)

@@ -1,16 +1,15 @@
-"""A child process for the supervisor's tests: `python -m tests.engine.child`. Its name says how it behaves."""
+"""A child process for the supervisor's tests. Its name says how it behaves."""
 
 import asyncio
 import os
 import select
 import signal
-import sys
 
 from headrace.engine.errors import UserError
 from headrace.engine.messages.lifecycle import Drain, Drained, EngineState, GetStatus, PeerDied, Progress, Status
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR
-from headrace.engine.process import Process, main
+from headrace.engine.process import Process, Role
 
 
 def say(*words: object) -> None:
@@ -52,6 +51,9 @@ def first_life(process: Process) -> bool:
 
 async def build(process: Process) -> Plain:
     say(process.name, "pid", os.getpid())
+    if process.name == "stubborn":
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if process.name == "fatal":
         raise UserError("the thing 42 is wrong: make it 43")
     if process.name == "crashing":
@@ -77,7 +79,4 @@ async def build(process: Process) -> Plain:
     return Plain(process)
 
 
-if __name__ == "__main__":
-    if sys.argv[2] == "stubborn":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    main(EngineState | Status, build)
+ROLE = Role(EngineState | Status, build)

@@ -15,6 +15,7 @@ RUN = """
 import asyncio, logging, sys
 from headrace.engine.config import Config
 from headrace.engine.children import ChildSpec
+from headrace.engine.fork_server import ForkServer
 from headrace.engine.supervisor import Supervisor
 from tests.engine.scheduler.stage import MODEL
 logging.basicConfig(level="INFO", stream=sys.stderr, format="%(message)s")
@@ -22,8 +23,9 @@ async def live():
     children = [ChildSpec(name, "tests.engine.child", group) for name, group in (pair.split(":") for pair in sys.argv[1:])]
     def ready(address):
         print("READY", address, file=sys.stderr, flush=True)
-    return await Supervisor(Config(hang_timeout=0.4), MODEL, children, ready).run()
-sys.exit(asyncio.run(live()))
+    return await Supervisor(Config(hang_timeout=0.4), MODEL, children, ready, forks).run()
+with ForkServer() as forks:
+    sys.exit(asyncio.run(live()))
 """
 
 

@@ -19,6 +19,13 @@ from headrace.engine.process import BIRTH_FILE, EXIT_FATAL, EngineSpec, Process
 from tests.tokenizer_proc import samples
 from tests.tokenizer_proc.stage import Frontend, Recorder
 
+RUN = """
+import sys
+from pathlib import Path
+from headrace.tokenizer_proc.tokenizer import ROLE
+sys.exit(ROLE.run(Path(sys.argv[1]), "tokenizer-0", int(sys.argv[2]), int(sys.argv[3])))
+"""
+
 
 class Engine:
     """A run directory with a supervisor's and a scheduler's mailbox, both played by the test, and one real child."""
@@ -38,15 +45,7 @@ class Engine:
 
     def start(self, incarnation: int) -> None:
         self.death, self.birth = os.pipe()
-        words = [
-            sys.executable,
-            "-m",
-            "headrace.tokenizer_proc.tokenizer",
-            str(self.run_dir),
-            "tokenizer-0",
-            str(incarnation),
-            str(self.death),
-        ]
+        words = [sys.executable, "-c", RUN, str(self.run_dir), str(incarnation), str(self.death)]
         self.child = subprocess.Popen(words, pass_fds=[self.death])
         os.close(self.death)
 
