@@ -64,7 +64,7 @@ class Delivery:
                 if row.emits and entry.first_token is None:
                     entry.first_token = now
         decodes = len(rows) - len(chunks)
-        seen = sum([row.start for row in rows]) - sum([row.start for row in chunks])
+        seen = lambda: sum([row.start for row in rows]) - sum([row.start for row in chunks])  # noqa: E731
         self._speed.observe(decodes, seen, [(row.length, row.start) for row in chunks], result.times.total * 1e-9)
         self._admission.work.add(decodes + chunk, now)
         if len(rows) == 1 and rows[0].sequence.suspect and (entry := self._journal.running(rows[0].sequence.request)):

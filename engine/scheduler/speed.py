@@ -16,7 +16,7 @@ however many others are decoding. Called by the scheduler after each step, and b
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 STRETCH = 1.6
@@ -30,6 +30,9 @@ READ = 3
 
 _NEWEST = 0.2
 """Weight of the newest measurement."""
+
+_COUNT_SEEN = 5
+"""Steps of decodes alone, of which in one the places before them are counted."""
 
 _FRESH = 500
 """Steps after which a measurement bounds no decodes any more: the machine may be busy with less, or with more, by then."""
@@ -62,9 +65,9 @@ class Speed:
         self._place = 0.0
         """Seconds that a token adds for each thousand places that it attends to."""
 
-    def observe(self, decodes: int, seen: int, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
-        """A step of so many decodes with so many places before them together, and of other rows (tokens, places before them), took
-        `seconds`."""
+    def observe(self, decodes: int, seen: Callable[[], int], chunks: Iterable[tuple[int, int]], seconds: float) -> None:
+        """A step of so many decodes, and of other rows (tokens, places before them), took `seconds`. `seen` counts the places before all
+        decodes together; that is only asked now and then where there is nothing else."""
         self._steps += 1
         tokens = places = 0.0
         for length, context in chunks:
@@ -72,10 +75,10 @@ class Speed:
             places += ((length + READ) * context + length * length / 2) / _PLACES
         if not tokens:
             size = decodes.bit_length()
-            old = self._known.get(size, _Known(decodes, seen, seconds, 0))
+            old = self._known.get(size) or _Known(decodes, seen(), seconds, 0)
             self._known[size] = _Known(
                 old.decodes + _NEWEST * (decodes - old.decodes),
-                old.seen + _NEWEST * (seen - old.seen),
+                old.seen + _NEWEST * (seen() - old.seen) if self._steps % _COUNT_SEEN == 0 else old.seen,
                 old.seconds + _NEWEST * (seconds - old.seconds),
                 self._steps,
             )
@@ -84,7 +87,7 @@ class Speed:
         if not self._token:
             self._token = max(0.0, seconds - known.seconds) / tokens
             return
-        places += _reading(seen - known.seen)
+        places += _reading(seen() - known.seen)
         # Towards the nearest pair of values that explains it (normalized least mean squares): what a step says nothing of stays as it is.
         wrong = seconds - known.seconds - self._token * tokens - self._place * places
         share = _NEWEST * wrong / (tokens * tokens + places * places)

@@ -130,7 +130,7 @@ class Trace:
         if self.shared and self.speed is not None:
             chunks = [row for row in rows if row.start < row.sequence.prompt]
             seen = sum(row.start for row in rows) - sum(row.start for row in chunks)
-            self.speed.observe(len(rows) - len(chunks), seen, [(row.length, row.start) for row in chunks], seconds_of(rows))
+            self.speed.observe(len(rows) - len(chunks), lambda: seen, [(row.length, row.start) for row in chunks], seconds_of(rows))
         self.steps += 1
         return decision
 
@@ -352,13 +352,13 @@ def test_chunks_beside_decodes_are_as_long_as_the_measured_pause_allows():
     trace.speed = Speed(0.05)
     trace.submit(1, [1] * 100, 100)
     assert dict(trace.step().run).popitem()[1] == 100, "nobody decodes"
-    trace.speed.observe(0, 0, [(100, 0)], 0.1)  # a millisecond a token
+    trace.speed.observe(0, lambda: 0, [(100, 0)], 0.1)  # a millisecond a token
     for _ in range(3):
         trace.step()
-        trace.speed.observe(1, 100, [], 0.01)
+        trace.speed.observe(1, lambda: 100, [], 0.01)
     trace.submit(2, [2] * 200, 4)
     assert [length for _, length in trace.step().run] == [1, 40], "0.01 s for the decode, 0.04 s for the chunk"
-    trace.speed.observe(1, 100, [(40, 0)], 0.09)  # slower than it was thought
+    trace.speed.observe(1, lambda: 100, [(40, 0)], 0.09)  # slower than it was thought
     assert [length for _, length in trace.step().run][1] < 40
 
 

@@ -18,7 +18,7 @@ def pauses(speed: Speed, token: float, place: float, until: int) -> list[float]:
     while context < until:
         chunk = speed.chunk(DECODES, 0, 256, context)
         found.append(seconds(chunk, context, token, place))
-        speed.observe(DECODES, 0, [(chunk, context)], found[-1])
+        speed.observe(DECODES, lambda: 0, [(chunk, context)], found[-1])
         context += chunk
     return found
 
@@ -26,8 +26,8 @@ def pauses(speed: Speed, token: float, place: float, until: int) -> list[float]:
 @pytest.mark.parametrize(("token", "place"), [(8e-4, 1e-7), (2e-4, 4e-8), (5e-3, 0.0)])
 def test_pauses_keep_to_the_target_however_deep_in_a_prompt(token, place):
     speed = Speed(0.05)
-    speed.observe(DECODES, 0, [], ALONE)
-    speed.observe(0, 0, [(256, 0)], seconds(256, 0, token, place) - ALONE)
+    speed.observe(DECODES, lambda: 0, [], ALONE)
+    speed.observe(0, lambda: 0, [(256, 0)], seconds(256, 0, token, place) - ALONE)
     allowed = max(0.05, STRETCH * ALONE)
     found = pauses(speed, token, place, 8000)
     late = found[20:]
@@ -37,8 +37,8 @@ def test_pauses_keep_to_the_target_however_deep_in_a_prompt(token, place):
 
 def test_a_short_prompt_after_a_long_one_is_not_taken_for_as_slow():
     speed = Speed(0.05)
-    speed.observe(DECODES, 0, [], ALONE)
-    speed.observe(0, 0, [(256, 0)], 0.25)
+    speed.observe(DECODES, lambda: 0, [], ALONE)
+    speed.observe(0, lambda: 0, [(256, 0)], 0.25)
     pauses(speed, 8e-4, 1e-7, 8000)
     assert speed.chunk(DECODES, 0, 256, 8000) < 16
     assert speed.chunk(DECODES, 0, 256, 0) >= 20
@@ -50,10 +50,10 @@ def test_the_decodes_that_the_target_allows_are_found_from_far_too_many_and_from
     for first in (256, 1):
         speed = Speed(0.05)
         assert speed.decodes(1.0) > 1000, "nothing is known"
-        speed.observe(first, 0, [], step + decode * first)
+        speed.observe(first, lambda: 0, [], step + decode * first)
         for _ in range(60):
             number = min(256, speed.decodes(1.0))
-            speed.observe(number, 0, [], step + decode * number)
+            speed.observe(number, lambda: 0, [], step + decode * number)
         assert 0.85 * right - 1 <= speed.decodes(1.0) <= 1.15 * right + 1
 
 
@@ -62,7 +62,7 @@ def test_when_the_machine_gets_faster_more_decodes_are_tried():
     for decode in (0.01, 0.001):
         for _ in range(600):
             number = min(256, speed.decodes(1.0))
-            speed.observe(number, 0, [], decode * number)
+            speed.observe(number, lambda: 0, [], decode * number)
     assert 40 <= speed.decodes(1.0) <= 55
 
 
@@ -70,8 +70,8 @@ def test_decodes_that_see_more_and_more_are_known_to_take_longer():
     """While a long prompt is computed no step of decodes alone is measured; yet each has a place more behind it after every step."""
     token, place = 8e-4, 1e-7
     speed = Speed(0.0)
-    speed.observe(DECODES, 0, [], ALONE)
-    speed.observe(0, 0, [(256, 0)], seconds(256, 0, token, place) - ALONE)
+    speed.observe(DECODES, lambda: 0, [], ALONE)
+    speed.observe(0, lambda: 0, [(256, 0)], seconds(256, 0, token, place) - ALONE)
     context = step = 0
     found = []
     while context < 8000:
@@ -79,7 +79,7 @@ def test_decodes_that_see_more_and_more_are_known_to_take_longer():
         alone = ALONE + place * (1 + READ) * seen
         chunk = speed.chunk(DECODES, seen, 256, context)
         took = alone - ALONE + seconds(chunk, context, token, place)
-        speed.observe(DECODES, seen, [(chunk, context)], took)
+        speed.observe(DECODES, lambda seen=seen: seen, [(chunk, context)], took)
         found.append(took / alone)
         context += chunk
         step += 1
