@@ -8,8 +8,11 @@ listed, at the end and in the JSON. With --after FILE, what that JSON does not h
 
 import argparse
 import json
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,6 +39,7 @@ from scripts.lib.step_model import plain_llama
 from tests.kernels import triton_parity
 from tests.serving import Command
 
+COMPARE = Path(__file__).resolve().parents[1] / "bench" / "compare.py"
 SMALL = plain_llama(256, 8, 2, 704, 4, 1000, 32)
 
 
@@ -149,9 +153,20 @@ def compare(results: dict, titles: list[str], numbers: list[int]) -> None:
 
 
 def serving(run: Run) -> Items:
-    """The model that --serve names."""
+    """The model that --serve names, by itself and beside vLLM if that is installed."""
     if model := run.model:
         yield Path(model).name, lambda: serve(run.results, model)
+        if program := shutil.which("vllm"):
+            yield f"{Path(model).name} beside vLLM", lambda: beside_vllm(run.results, model, program)
+
+
+def beside_vllm(results: dict, model_path: str, vllm: str) -> None:
+    """The four workloads, in turn with vLLM."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "compare.json"
+        command = [sys.executable, str(COMPARE), model_path, "--peer", f"vllm-gpu={vllm}", "--rounds", "3", "--json", str(written)]
+        subprocess.run([*command, "--", "--kernels", "triton"], check=True)
+        results["beside vLLM"] = json.loads(written.read_text())
 
 
 def serve(results: dict, model_path: str) -> None:

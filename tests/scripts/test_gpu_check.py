@@ -153,3 +153,27 @@ def test_weights_that_are_timed_are_those_of_the_form(form, monkeypatch):
     weight = gpu_times.random_weight(256, 128, form)
     assert (weight.outputs, weight.inputs) == (256, 128)
     assert weight.values.nbytes * 8 == 256 * 128 * gpu_times.FORMS[form]
+
+
+def test_a_model_is_compared_with_vllm_where_that_is_installed(card, monkeypatch, tmp_path):
+    vllm = tmp_path / "vllm"
+    vllm.write_text("#!/bin/sh\n")
+    vllm.chmod(0o755)
+    run = []
+
+    def stand_in(command: list[str], check: bool) -> None:
+        run.append(command)
+        with open(command[command.index("--json") + 1], "w") as written:  # noqa: PTH123
+            json.dump({"lines": ["ours", "theirs"]}, written)
+
+    monkeypatch.setattr(gpu_check, "serve", lambda results, model: None)
+    monkeypatch.setattr(gpu_check.subprocess, "run", stand_in)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert card("serving", "--serve", "/models/some")["done"] == ["serving: some"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = card("serving", "--serve", "/models/some")
+    assert found["done"] == ["serving: some", "serving: some beside vLLM"]
+    assert found["beside vLLM"] == {"lines": ["ours", "theirs"]}
+    ((python, script, model, *rest),) = run
+    assert (python, script, model) == (sys.executable, str(gpu_check.COMPARE), "/models/some")
+    assert f"vllm-gpu={vllm}" in rest and rest[-3:] == ["--", "--kernels", "triton"]
