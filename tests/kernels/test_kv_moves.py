@@ -14,7 +14,19 @@ from headrace.kernels.reference.step import LARGEST, TYPES
 LAYERS, PAGES, PAGE = 3, 5, 8
 HEADS = HeadShape(4, 2, 12)
 NATIVE = ("f32", "f16", "int8")
-EVERY = [("reference", kind) for kind in TYPES] + [("cpu", kind) for kind in NATIVE]
+EVERY = [(name, kind) for name in ("reference", "cpu", "triton") for kind in (NATIVE if name == "cpu" else TYPES)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def backend_of(name: str):
+    if name == "reference":
+        return ReferenceBackend()
+    if name == "cpu":
+        return pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built").CpuBackend(1)
+    pytest.importorskip("triton", reason="the extra headrace[triton] is not installed")
+    from headrace.kernels.triton import TritonBackend
+
+    return TritonBackend(DEVICE)
 
 
 def int32(*values: int) -> np.ndarray:
@@ -31,17 +43,14 @@ class Moved:
 
     @classmethod
     def of(cls, name: str, kind: str) -> "Moved":
-        if name == "reference":
-            backend = ReferenceBackend()
-        else:
-            backend = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built").CpuBackend(1)
+        backend = backend_of(name)
         made = cls(backend, backend.new_kv(LAYERS, PAGES, PAGE, HEADS, kind), kind)
         made.backend.scatter_kv(made.kv, np.arange(PAGES, dtype=np.int32), made.rows(1))
         return made
 
     def rows(self, seed: int) -> KVRows:
         """Any bits there are for all pages, as this backend has arrays."""
-        return on_host(self.backend, rows_of(PAGES * PAGE, self.kind, seed))
+        return on(self.backend, rows_of(PAGES * PAGE, self.kind, seed))
 
     def all(self) -> list[torch.Tensor]:
         """Bytes by slot, layer and head: keys, values, scales."""
@@ -59,15 +68,25 @@ def rows_of(positions: int, kind: str, seed: int) -> KVRows:
     return KVRows(keys, values, scales)
 
 
-def on_host(backend, rows: KVRows) -> KVRows:
-    if backend.name != "cpu":
-        return rows
-    return KVRows(rows.keys.numpy(), rows.values.numpy(), None if rows.scales is None else rows.scales.numpy())
+def on(backend, rows: KVRows) -> KVRows:
+    """The rows as the backend has arrays."""
+    to = (lambda x: x.numpy()) if backend.name == "cpu" else (lambda x: x.to(backend.device))
+    return KVRows(*(None if x is None else to(x) for x in arrays_of(rows)))
 
 
 def bits(rows: KVRows) -> list[torch.Tensor]:
     arrays = [rows.keys, rows.values] + ([] if rows.scales is None else [rows.scales])
-    return [torch.as_tensor(array).contiguous().view(torch.uint8) for array in arrays]
+    return [torch.as_tensor(array).cpu().contiguous().view(torch.uint8) for array in arrays]
+
+
+def strided(x):
+    """The same array, with other memory between its rows."""
+    wide = torch.as_tensor(x).repeat_interleave(2, 0)
+    return wide.numpy()[::2] if isinstance(x, np.ndarray) else wide[::2]
+
+
+def arrays_of(rows: KVRows) -> list:
+    return [rows.keys, rows.values, rows.scales]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -107,20 +126,24 @@ def test_pages_go_to_other_pages_of_another_and_nothing_else_is_touched(name, ki
             array[into * PAGE : into * PAGE + PAGE] = from_[page * PAGE : page * PAGE + PAGE]
     other.backend.scatter_kv(other.kv, int32(0, 3), moved.backend.gather_kv(moved.kv, int32(4, 1)))
     assert same(other.all(), expected)
+    # Rows that do not lie one behind the other.
+    apart = KVRows(*(None if x is None else strided(x) for x in arrays_of(moved.backend.gather_kv(moved.kv, int32(4, 1)))))
+    other.backend.scatter_kv(other.kv, int32(0, 3), apart)
+    assert same(other.all(), expected)
     other.backend.scatter_kv(other.kv, int32(), moved.backend.gather_kv(moved.kv, int32()))
     assert same(other.all(), expected)
 
 
-@pytest.mark.parametrize("kind", NATIVE)
-def test_backends_lay_out_what_they_gather_alike(kind):
-    native, reference = Moved.of("cpu", kind), Moved.of("reference", kind)
+@pytest.mark.parametrize(("name", "kind"), EVERY)
+def test_backends_lay_out_what_they_gather_alike(name, kind):
+    native, reference = Moved.of(name, kind), Moved.of("reference", kind)
     assert same(native.all(), reference.all())
     rows = native.backend.gather_kv(native.kv, int32(2, 0))
-    assert all(array.flags.c_contiguous for array in (rows.keys, rows.values))
-    assert rows.keys.shape == (2 * PAGE, LAYERS, HEADS.kv_heads, HEADS.dim)
+    assert all(torch.as_tensor(x).is_contiguous() for x in arrays_of(rows) if x is not None)
+    assert tuple(rows.keys.shape) == (2 * PAGE, LAYERS, HEADS.kv_heads, HEADS.dim)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_gathered_pages_may_go_to_pages_of_another_size(name):
     moved = Moved.of(name, "int8")
     other = moved.backend.new_kv(LAYERS, 3, 2 * PAGE, HEADS, "int8")
@@ -129,7 +152,7 @@ def test_gathered_pages_may_go_to_pages_of_another_size(name):
     assert same(bits(moved.backend.gather_kv(other, int32(2))), expected)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_what_is_not_there_or_twice_or_of_another_shape_is_refused(name):
     moved = Moved.of(name, "int8")
     copy, gather, scatter = (getattr(moved.backend, op) for op in ("copy_kv", "gather_kv", "scatter_kv"))
@@ -151,3 +174,15 @@ def test_what_is_not_there_or_twice_or_of_another_shape_is_refused(name):
         with pytest.raises(ValueError, match=words):
             call()
     assert same(moved.all(), before)
+
+
+def test_one_launch_reaches_layers_only_where_they_lie_at_equal_distances():
+    moved = Moved.of("triton", "f16")
+    first, _, third = moved.kv
+    with pytest.raises(ValueError, match="equal distances"):
+        moved.backend.copy_kv([third, first, third], int32(0), int32(1))
+    expected = moved.all()
+    for array in expected:
+        array[4, 1:] = array[30, 1:]
+    moved.backend.copy_kv(moved.kv[1:], int32(30), int32(4))
+    assert same(moved.all(), expected)

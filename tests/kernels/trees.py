@@ -44,9 +44,14 @@ def rejection_case(
             logits[row, dice.randrange(vocabulary)] = torch.nan
         elif dice.random() < 0.03:
             logits[row] = -torch.inf
-    if shape == "flat":
-        # Drafts that are likely, so that some are accepted.
-        logits[:, :7] += 4
+    for begin, end in trees.extents:
+        for row in range(begin + 1, end):
+            # Drafts that are likely, so that some are accepted.
+            if dice.random() < 0.7:
+                before = logits[begin + trees.parents[row]]
+                most = before.max()
+                before[before == torch.inf] = 0.0
+                before[trees.drafts[row]] = most + 1
     probabilities = probabilities_of(dice, trees, vocabulary)
     if dice.random() < 0.5:
         # A draft that knows the target well.
