@@ -44,9 +44,13 @@ class DraftTrees:
             what = f"{len(self.drafts)} drafts for {rows} rows, {len(self.end_tokens)} sets of end tokens for {len(starts) - 1} requests"
             raise ValueError(f"{what}: there must be one each")
         for begin, end in pairwise(starts):
-            for row, parent in enumerate(self.parents[begin:end]):
-                if not (0 <= parent < row or parent == -1 == row - 1):
-                    raise ValueError(f"row {row} of the request from row {begin} on follows row {parent}: a root -1, others an earlier row")
+            row = -1
+            for parent in self.parents[begin:end]:
+                if not -1 < parent <= row and (row >= 0 or parent != -1):
+                    raise ValueError(
+                        f"row {row + 1} of the request from row {begin} on follows row {parent}: a root -1, others an earlier row"
+                    )
+                row += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +79,21 @@ def walk(trees: DraftTrees, tokens: Sequence[int]) -> Verified:
     trees.check()
     if len(tokens) != len(trees.parents):
         raise ValueError(f"{len(tokens)} tokens for {len(trees.parents)} rows: there must be one each")
-    verified = Verified([], [])
-    for (begin, end), ends in zip(trees.extents, trees.end_tokens, strict=True):
-        following: dict[tuple[int, int], int] = {}
-        for row in range(1, end - begin):
-            following.setdefault((trees.parents[begin + row], trees.drafts[begin + row]), row)
+    parents, drafts, verified = trees.parents, trees.drafts, Verified([], [])
+    for begin, end, ends in zip(trees.starts, trees.starts[1:], trees.end_tokens, strict=False):
         rows, emitted = [], []
-        row = 0 if begin < end else None
-        while row is not None and (token := tokens[begin + row]) >= 0:
+        if begin < end and (token := tokens[begin]) >= 0:
+            row = 0
             rows.append(row)
             emitted.append(token)
-            row = None if token in ends else following.get((row, token))
+            # Children stand behind their parents: one pass finds the whole path.
+            for child in range(begin + 1, end):
+                if parents[child] == row and drafts[child] == token:
+                    if token in ends or tokens[child] < 0:
+                        break
+                    row, token = child - begin, tokens[child]
+                    rows.append(row)
+                    emitted.append(token)
         verified.rows.append(rows)
         verified.tokens.append(emitted)
     return verified
