@@ -21,6 +21,7 @@ from headrace.kernels.room import host_room
 from headrace.kernels.triton import attention as attention_op
 from headrace.kernels.triton import experts as experts_op
 from headrace.kernels.triton import moves, sampling
+from headrace.kernels.triton.drafts import verify
 from headrace.kernels.triton.embed import embed
 from headrace.kernels.triton.gated import gated
 from headrace.kernels.triton.graphs import Graphs
@@ -30,7 +31,6 @@ from headrace.kernels.triton.pages import TYPES, KVPages, page_bytes
 from headrace.kernels.triton.rejection import rejection_sample
 from headrace.kernels.triton.rope import rope_write_kv
 from headrace.kernels.triton.step import StepTokens
-from headrace.kernels.triton.verify import verify
 from headrace.kernels.triton.weights import DeviceWeight, prepare
 from headrace.kernels.weights import Weight
 

@@ -125,7 +125,8 @@ def move(kv: Sequence[KVPages], slots: torch.Tensor, rows: KVRows, gather: bool)
             GATHER=gather,
             HEADS=power_of_two(heads),
             BLOCK=power_of_two(dim),
-            num_warps=4,
+            # Two loads of 16 bytes a thread, where there is as much.
+            num_warps=min(8, max(1, power_of_two(heads * dim * first.keys.itemsize) // 1024)),
         )
 
 

@@ -19,8 +19,8 @@ from headrace.kernels.drafts import DraftTrees, Verified
 from headrace.kernels.ops import SamplingBatch
 from headrace.kernels.reference.rejection import MOST, check, check_probabilities
 from headrace.kernels.reference.sampling import UNIT
+from headrace.kernels.triton.drafts import DeviceTrees, ends_with
 from headrace.kernels.triton.sampling import HEAD, ROWS, Draws, adjusted, order, prefix, random_numbers, weight_of
-from headrace.kernels.triton.verify import DeviceTrees, ends_with
 
 _BLOCK = 4096
 _ALL = torch.iinfo(torch.int64).max

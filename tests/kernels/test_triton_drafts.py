@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="the extra headrace[triton] is not installe
 from headrace.kernels.drafts import NO_TOKEN, DraftTrees, chains, walk
 from headrace.kernels.reference.rejection import rejection_sample as reference
 from headrace.kernels.triton import sampling
+from headrace.kernels.triton.drafts import verify
 from headrace.kernels.triton.rejection import rejection_sample
-from headrace.kernels.triton.verify import verify
 from tests.kernels import test_drafts, test_rejection
 from tests.kernels.draws import batch_of
 from tests.kernels.trees import rejection_case, trees_of
