@@ -165,8 +165,8 @@ class CpuBackend:
     def score(self, logits: np.ndarray, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         return sampling.score(self._engine, logits, tokens, top)
 
-    def verify(self, trees: DraftTrees, tokens: Sequence[int]) -> Verified:
-        return walk(trees, tokens)
+    def verify(self, trees: DraftTrees, tokens: Sequence[int] | np.ndarray) -> Verified:
+        return walk(trees, tokens.tolist() if isinstance(tokens, np.ndarray) else tokens)
 
     def rejection_sample(self, logits: np.ndarray, batch: SamplingBatch, trees: DraftTrees, probabilities: np.ndarray) -> Verified:
         """By the reference, which brings torch along: a process that never asks for it is spared that."""

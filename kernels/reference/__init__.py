@@ -137,8 +137,8 @@ class ReferenceBackend:
     def score(self, logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         return sampling.score(logits, tokens, top)
 
-    def verify(self, trees: DraftTrees, tokens: Sequence[int]) -> Verified:
-        return walk(trees, tokens)
+    def verify(self, trees: DraftTrees, tokens: Sequence[int] | torch.Tensor) -> Verified:
+        return walk(trees, tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)
 
     def rejection_sample(self, logits: torch.Tensor, batch: SamplingBatch, trees: DraftTrees, probabilities: torch.Tensor) -> Verified:
         return rejection_sample(logits, batch, trees, probabilities)

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from headrace.kernels.drafts import NO_TOKEN, DraftTrees, Verified, chains, walk
 from headrace.kernels.reference import ReferenceBackend
@@ -87,4 +88,6 @@ def test_every_backend_walks_as_the_host_does(backend):
     for sizes in ([3, 0, 1, 9], [0], [], [40], [1] * 17, [5, 5, 0, 0, 12]):
         trees = trees_of(dice, sizes, 4)
         tokens = [dice.choice((NO_TOKEN, 0, 1, 2, 3, 3)) for _ in trees.parents]
+        array = torch.tensor(tokens, dtype=torch.int64)
         assert backend.verify(trees, tokens) == walk(trees, tokens)
+        assert backend.verify(trees, array.numpy() if backend.name == "cpu" else array) == walk(trees, tokens)
