@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="the extra headrace[triton] is not installe
 from headrace.kernels.drafts import NO_TOKEN, DraftTrees, chains, walk
 from headrace.kernels.reference.rejection import rejection_sample as reference
 from headrace.kernels.triton import sampling
-from headrace.kernels.triton.drafts import verify
-from headrace.kernels.triton.rejection import rejection_sample
+from headrace.kernels.triton.drafts import DeviceTrees, verify
+from headrace.kernels.triton.rejection import Ready, launch, rejection_sample
 from tests.kernels import test_drafts, test_rejection
 from tests.kernels.draws import batch_of
 from tests.kernels.trees import rejection_case, trees_of
@@ -42,7 +42,7 @@ def test_every_row_needs_a_token():
 @pytest.mark.parametrize("vocabulary", [5, 700, 5000])
 def test_rejection_emits_what_the_reference_does_whatever_is_asked(shape, vocabulary):
     dice, accepted = random.Random(vocabulary), 0
-    for sizes in ([4, 0, 7], [1], [], [40, 1], [0, 6] * 9):
+    for sizes in ([4, 0, 7], [1], [], [20, 1], [0, 8] * 30):
         logits, batch, trees, probabilities = rejection_case(dice, shape, sizes, vocabulary)
         expected = reference(logits, batch, trees, probabilities)
         assert rejection_sample(logits.to(DEVICE), batch, trees, probabilities.to(DEVICE)) == expected
@@ -58,6 +58,20 @@ def test_filters_that_end_beyond_the_head_leave_what_they_leave_the_reference():
     for settings in ({"top_p": 0.7}, {"top_k": 3 * sampling.HEAD}, {"min_p": 0.5, "top_p": 0.999}):
         batch = batch_of(*({"seed": row, **settings} for row in range(6)))
         assert rejection_sample(logits.to(DEVICE), batch, trees, probabilities.to(DEVICE)) == reference(logits, batch, trees, probabilities)
+
+
+def test_where_roundings_leave_nothing_the_target_is_drawn_from():
+    # No logits lead there: the mass is made four times what it is, so that a rejection leaves none of it.
+    float32 = lambda *values: torch.tensor(values, dtype=torch.float32, device=DEVICE)  # noqa: E731
+    int64 = lambda *values: torch.tensor(values, dtype=torch.int64, device=DEVICE)  # noqa: E731
+    trees = DeviceTrees.of(DraftTrees([0, 2], [-1, 0], [0, 1], [()]), torch.device(DEVICE))
+    logits, probabilities = float32([0.0, -100.0], [0.0, 0.0]), float32([0.5, 0.5], [0.0, 0.0])
+    unit, limit = 1 << 44, torch.iinfo(torch.int64).max
+    one, masses, drawn = float32(1.0, 1.0), int64(4 * unit, unit), int64(0, 0)
+    ready = Ready(logits, float32(0.0, 0.0), one, int64(limit, limit), masses, probabilities, int64(unit, 0), drawn, drawn)
+    launch(ready, trees)
+    path, emitted, counts = trees.results()
+    assert (path[0], emitted[0], counts[0]) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(("changed", "words"), test_rejection.WRONG)

@@ -16,12 +16,13 @@ def trees_of(dice: random.Random, sizes: list[int], vocabulary: int) -> DraftTre
         taken: set[tuple[int, int]] = set()
         for row in range(size):
             free = [(parent, token) for parent in range(row) for token in range(vocabulary) if (parent, token) not in taken]
-            parent, token = dice.choice(free) if row else (-1, 0)
+            # Early rows have more children: several are rejected there, one after the other.
+            parent, token = dice.choice(free[: len(free) // 2 + 1]) if row else (-1, 0)
             taken.add((parent, token))
             parents.append(parent)
             drafts.append(token)
         starts.append(len(parents))
-    ends = [dice.choice((frozenset[int](), frozenset({0, 1}), frozenset(range(vocabulary)))) for _ in sizes]
+    ends = [dice.choice((frozenset[int](), frozenset[int](), frozenset({0, 1}), frozenset(range(vocabulary)))) for _ in sizes]
     return DraftTrees(starts, parents, drafts, ends)
 
 
@@ -47,7 +48,7 @@ def rejection_case(
     for begin, end in trees.extents:
         for row in range(begin + 1, end):
             # Drafts that are likely, so that some are accepted.
-            if dice.random() < 0.7:
+            if dice.random() < 0.4:
                 before = logits[begin + trees.parents[row]]
                 most = before.max()
                 before[before == torch.inf] = 0.0
@@ -56,4 +57,6 @@ def rejection_case(
     if dice.random() < 0.5:
         # A draft that knows the target well.
         probabilities = (0.9 * logits.nan_to_num(0.0, 0.0, 0.0).softmax(1) + 0.1 * probabilities).float()
-    return logits, batch_of(*(settings(dice, vocabulary) for _ in range(rows))), trees, probabilities
+    asked = [settings(dice, vocabulary) for _ in range(rows)]
+    plain = [{"temperature": 1.5, "seed": one["seed"], "position": one["position"]} for one in asked]
+    return logits, batch_of(*(dice.choice(pair) for pair in zip(asked, plain, strict=True))), trees, probabilities
