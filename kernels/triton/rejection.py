@@ -172,7 +172,7 @@ def rejection_sample(logits: torch.Tensor, batch: SamplingBatch, trees: DraftTre
     if not len(logits):
         return Verified([[] for _ in trees.end_tokens], [[] for _ in trees.end_tokens])
     on_device = DeviceTrees.of(trees, logits.device)
-    launch(_ready(logits, batch, following, probabilities), on_device)
+    launch(_ready(logits.contiguous(), batch, following, probabilities.contiguous()), on_device)
     return on_device.verified(trees)
 
 

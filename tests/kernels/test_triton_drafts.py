@@ -81,9 +81,14 @@ def test_what_does_not_fit_is_refused(changed, words):
 
 
 @pytest.mark.parametrize("value", [torch.nan, -0.1, 1.5])
-def test_probabilities_that_are_none_are_refused(value):
+def test_probabilities_that_are_none_are_refused_where_they_would_be_read(value):
     wrong = test_rejection.case()
     read = wrong["trees"].parents[1]
     wrong["probabilities"][read, 3] = value
     with pytest.raises(FloatingPointError, match=f"row {read} of the probabilities"):
         rejection_sample(**wrong)
+    fine = test_rejection.case()
+    childless = next(row for row in range(3) if row not in fine["trees"].parents[:3])
+    expected = reference(**fine)
+    fine["probabilities"][childless] = value
+    assert rejection_sample(**fine) == expected
