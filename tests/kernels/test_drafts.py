@@ -40,6 +40,28 @@ def test_of_siblings_with_one_token_the_first_is_followed():
     assert walk(DraftTrees([0, 3], [-1, 0, 0], [0, 4, 4], [()]), [4, 1, 2]) == Verified([[0, 1]], [[4, 1]])
 
 
+def by_definition(trees: DraftTrees, tokens: list[int], request: int, row: int = 0) -> list[tuple[int, int]]:
+    """Rows and tokens of the path from a row on."""
+    begin, end = trees.starts[request : request + 2]
+    if row >= end - begin or tokens[begin + row] < 0:
+        return []
+    token = tokens[begin + row]
+    right = [child for child in range(1, end - begin) if (trees.parents[begin + child], trees.drafts[begin + child]) == (row, token)]
+    on = [] if token in trees.end_tokens[request] or not right else by_definition(trees, tokens, request, right[0])
+    return [(row, token), *on]
+
+
+def test_any_tree_is_walked_as_the_definition_says():
+    dice = random.Random(11)
+    for _ in range(300):
+        trees = trees_of(dice, [dice.randrange(9) for _ in range(dice.randrange(4))], 3)
+        tokens = [dice.choice((NO_TOKEN, 0, 1, 1, 2, 2)) for _ in trees.parents]
+        paths = [by_definition(trees, tokens, request) for request in range(len(trees.end_tokens))]
+        assert walk(trees, tokens) == Verified(
+            [[row for row, _ in path] for path in paths], [[token for _, token in path] for path in paths]
+        )
+
+
 def test_requests_are_walked_each_by_itself_and_one_without_rows_emits_nothing():
     trees = DraftTrees([0, 0, 2, 2, 3], [-1, 0, -1], [0, 3, 0], [(), (), (), ()])
     assert walk(trees, [3, 4, 5]) == Verified([[], [0, 1], [], [0]], [[], [3, 4], [], [5]])
