@@ -37,15 +37,17 @@ class DraftTrees:
 
     def check(self) -> None:
         """ValueError where these are no trees."""
-        rows, starts = len(self.parents), self.starts
-        if not starts or starts[0] != 0 or starts[-1] != rows or any(end < begin for begin, end in pairwise(starts)):
+        rows, starts, parents = len(self.parents), self.starts, self.parents
+        if not starts or starts[0] != 0 or starts[-1] != rows:
             raise ValueError(f"starts {list(starts)} do not part {rows} rows among requests")
         if len(self.drafts) != rows or len(self.end_tokens) != len(starts) - 1:
             what = f"{len(self.drafts)} drafts for {rows} rows, {len(self.end_tokens)} sets of end tokens for {len(starts) - 1} requests"
             raise ValueError(f"{what}: there must be one each")
         for begin, end in pairwise(starts):
+            if end < begin:
+                raise ValueError(f"starts {list(starts)} do not part {rows} rows among requests")
             row = -1
-            for parent in self.parents[begin:end]:
+            for parent in parents[begin:end]:
                 if not -1 < parent <= row and (row >= 0 or parent != -1):
                     raise ValueError(
                         f"row {row + 1} of the request from row {begin} on follows row {parent}: a root -1, others an earlier row"
