@@ -288,8 +288,8 @@ class Backend(Protocol):
         ...
 
     def scatter_kv(self, kv: Sequence[KVPages], pages: np.ndarray, rows: KVRows) -> None:
-        """The inverse of `gather_kv`: `rows` to whole pages (int32 [n], distinct). Pages of that size are not asked for where they were
-        gathered. ValueError for pages that are not there or named twice, and for rows of other shapes or types than these pages have."""
+        """The inverse of `gather_kv`: `rows` to whole pages (int32 [n], distinct), whose size need not be that of the pages they come from.
+        ValueError for pages that are not there or named twice, and for rows of other shapes or types than these pages have."""
         ...
 
     def kv_room(self) -> int:
