@@ -33,6 +33,7 @@ from headrace.kernels.triton import TritonBackend
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.names import HUGGINGFACE
 from scripts.lib import gpu_times
+from scripts.lib.gpu_drafts import drafts
 from scripts.lib.gpu_times import Items, RandomCheckpoint, Run, steps
 from scripts.lib.kernel_parity import line_of, ordered, outcomes, table
 from scripts.lib.step_model import plain_llama
@@ -205,6 +206,7 @@ def serve(results: dict, model_path: str) -> None:
 
 
 SECTIONS: dict[str, Callable[[Run], Items]] = {
+    "drafts": drafts,
     "sampling": gpu_times.samplings,
     "experts": gpu_times.experts,
     "parity": parity,
@@ -214,7 +216,7 @@ SECTIONS: dict[str, Callable[[Run], Items]] = {
     "attention": gpu_times.attentions,
     "products": gpu_times.products,
 }
-"""In this order: the first two have never been run on a GPU."""
+"""In this order: the first three have never been run on a GPU."""
 
 
 def work_through(names: list[str], run: Run, clock: Clock, write: Callable[[], None]) -> None:

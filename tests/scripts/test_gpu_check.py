@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the extra headrace[triton] is not installe
 if os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
     pytest.skip("there is a GPU: scripts/gpu-check itself runs there", allow_module_level=True)
 
-from scripts.lib import gpu_check, gpu_times, kernel_parity
+from scripts.lib import gpu_check, gpu_drafts, gpu_times, kernel_parity
 from scripts.lib.gpu_times import Mixture, Peaks
 from tests.kernels import triton_parity
 
@@ -138,11 +138,12 @@ SMALL = {"LAYERS": {"gate up": (256, 128)}, "HEADS": gpu_times.HeadShape(4, 2, 3
 SMALL |= {"ATTENTIONS": [("int8", 2, 1, 32), ("bf16", 1, 8, 32)], "FORMS": {"bf16": 16, "int8 x int8": 8}}
 
 
-@pytest.mark.parametrize(("section", "rows"), [("products", 10), ("experts", 8), ("attention", 2), ("sampling", 12)])
+@pytest.mark.parametrize(("section", "rows"), [("products", 10), ("experts", 8), ("attention", 2), ("sampling", 12), ("drafts", 20)])
 def test_sections_fill_their_rows(section, rows, monkeypatch, card):
     for name, value in SMALL.items():
         monkeypatch.setattr(gpu_times, name, value)
     monkeypatch.setattr(gpu_times, "LLAMA_8B", SimpleNamespace(vocab_size=1000))
+    monkeypatch.setattr(gpu_drafts, "LAYERS", 2)
     found = card(section)
     assert (len(found[section]), found["failed"], found["left"]) == (rows, [], [])
 
