@@ -5,7 +5,8 @@ A request that decodes sees each step as the pause before its next token. A chun
     pause = decodes(n, seen) + chunk(tokens, context)   ≤   max(target, STRETCH × decodes(n, seen))
 
     chunk(tokens, context) = token × tokens + place × (tokens + READ) × context
-    decodes(n, seen)       = as measured with about as many, + place × (1 + READ) × (seen - what they saw then)
+    decodes(n, seen)       = as measured with about as many,
+                             + token × (n - how many these were) + place × (1 + READ) × (seen - what they saw then)
 
 Every token of a chunk attends to all places before it, so deep in a long prompt a chunk of the same size takes many times as long; and
 the keys and values of these places must be read once, however few the tokens are. A decode is a chunk of one token: `seen` are the places
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-STRETCH = 1.6
+STRETCH = 1.8
 """How much longer than a step of decodes alone one with a chunk may be, where that is more than the target."""
 
 LEAST = 4
@@ -85,8 +86,9 @@ class Speed:
             return
         known = self._like(decodes)
         if not self._token:
-            self._token = max(0.0, seconds - known.seconds) / tokens
+            self._token = max(0.0, seconds - known.seconds) / max(1.0, tokens + decodes - known.decodes)
             return
+        tokens += decodes - known.decodes
         places += _reading(seen() - known.seen)
         # Towards the nearest pair of values that explains it (normalized least mean squares): what a step says nothing of stays as it is.
         wrong = seconds - known.seconds - self._token * tokens - self._place * places
@@ -100,7 +102,7 @@ class Speed:
         if not decodes or not self._token:
             return most
         known = self._like(decodes)
-        alone = max(0.0, known.seconds + self._place * _reading(seen - known.seen))
+        alone = max(0.0, known.seconds + self._token * (decodes - known.decodes) + self._place * _reading(seen - known.seen))
         left = max(stretch * self._target, STRETCH * alone) - alone
         place = self._place * context / _PLACES
         return min(most, max(LEAST, int((left - READ * place) / (self._token + place))))
