@@ -39,7 +39,7 @@ GUEST_MESSAGES = 100
 IDENTITY_BYTES = 16
 """Least length of a client's identity. Who had another's could take its answers: they are drawn at random, and travel encrypted."""
 
-NOT_LET_IN = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 def _lively(socket: zmq.Socket, address: str) -> None:
@@ -117,7 +117,8 @@ class Guest(NamedTuple):
 class GuardedDesk(Desk):
     """A desk at a `tcp://` address for clients whose public keys are in `authorized`, each known by its key.
 
-    `rejected` counts messages that are none, `refused` connections that came to nothing. One for a context. Raises `zmq.ZMQError`.
+    `rejected` counts messages that are none, `refused` connections that came to nothing, or nearly all of them. One for a context.
+    Raises `zmq.ZMQError`.
     """
 
     def __init__(
@@ -140,6 +141,10 @@ class GuardedDesk(Desk):
             self._gate.close()
             raise
         self._monitor: Monitor | None = None
+        self._strangers: set[int] = set()
+        """Descriptors of connections since the last one was let in."""
+        self._failed = 0
+        """Those of them that were counted, and whose end is still to be told."""
 
     def _secure(self, socket: zmq.Socket, address: str) -> None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -163,8 +168,27 @@ class GuardedDesk(Desk):
                 receive(Guest(identity, key), message)
 
         self._gate.open()
-        self._monitor = Monitor(self._socket, NOT_LET_IN, lambda event, value: self._refused.add())
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | FAILED | zmq.EVENT_DISCONNECTED
+        self._monitor = Monitor(self._socket, events, self._count)
         self._reader = Reader(self._socket, deliver, settle, copy=False)
+
+    def _count(self, event: int, descriptor: int) -> None:
+        """Count connections that came to nothing. Of some libzmq says so, of others only that they came and went before any was let in."""
+        if event & FAILED:
+            self._refused.add()
+            self._failed += 1
+        elif event == zmq.EVENT_ACCEPTED:
+            self._strangers.add(descriptor)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            # Which of them it was is not told.
+            self._strangers.clear()
+            self._failed = 0
+        elif descriptor in self._strangers:
+            self._strangers.discard(descriptor)
+            if self._failed:
+                self._failed -= 1
+            else:
+                self._refused.add()
 
     def close(self) -> None:
         if self._monitor:

@@ -139,6 +139,6 @@ async def test_a_crowd_of_strangers_is_refused_while_a_client_is_served(engine):
     assert set(await reading) == {expected}
     for stranger in crowd:
         stranger.close()
-    await until_counted(engine, REFUSED, before + 200)
+    await until_counted(engine, REFUSED, before + 250)
     assert engine.pids() == pids
     assert await read(engine, 1) == [expected]
