@@ -24,7 +24,7 @@ from headrace.engine.actor import Visit
 from headrace.engine.curve import IDENTITY_BYTES, Monitor, secure_client
 from headrace.engine.errors import UserError
 from headrace.engine.keys import Pair, check_curve, read_pair, read_public
-from headrace.engine.messages.frontend import CallFailed, Failed, Generate, ListDesks, ToGuest
+from headrace.engine.messages.frontend import CallFailed, Dismissed, Failed, Generate, ListDesks, ToGuest
 from headrace.engine.names import LISTEN, host_of, port_of
 
 EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
@@ -126,7 +126,7 @@ class RemoteClient(DirectClient):
 
         # A name for each connection: what the engine still says to the one before must not come to this one.
         visit = Visit(self._context, name, secrets.token_bytes(IDENTITY_BYTES), ToGuest, secure)
-        visit.open(self._receive)
+        visit.open(lambda message: self._dismissed(name) if isinstance(message, Dismissed) else self._receive(message))
         return visit
 
     def _hang_up(self, name: str) -> None:
@@ -161,9 +161,12 @@ class RemoteClient(DirectClient):
             if line.timer:
                 line.timer.cancel()
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._fail(name, 401, "unauthorized", f"{name} does not let this key in: its public half belongs into the engine's clients/")
+            self._dismissed(name)
         elif event == zmq.EVENT_DISCONNECTED and line.up:
             self._send_again(name, [name])
+
+    def _dismissed(self, name: str) -> None:
+        self._fail(name, 401, "unauthorized", f"{name} does not let this key in: its public half belongs into the engine's clients/")
 
     def _give_up(self, name: str) -> None:
         """The desk was not there for too long."""

@@ -18,6 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from headrace.engine.actor import Desk, Reader
 from headrace.engine.keys import Pair
+from headrace.engine.messages.frontend import Dismissed
 from headrace.engine.messages.wire import Message
 from headrace.engine.metrics import Counter
 
@@ -161,9 +162,12 @@ class GuardedDesk(Desk):
 
         def deliver(frames: list[zmq.Frame]) -> None:
             identity, key = frames[0].bytes, str(frames[-1].get("User-Id"))
-            # A key may have been taken from the folder while its owner was connected.
-            if len(identity) < IDENTITY_BYTES or key.encode() not in self._authorized:
+            if len(identity) < IDENTITY_BYTES:
                 self._inbox.rejected.add()
+            elif key.encode() not in self._authorized:
+                # It was taken from the folder while its owner was connected.
+                self._inbox.rejected.add()
+                self.send(identity, Dismissed())
             elif (message := self._inbox.decode([frame.bytes for frame in frames])) is not None:
                 receive(Guest(identity, key), message)
 

@@ -124,6 +124,10 @@ class Desks(Message):
     ports: tuple[int, ...]
 
 
+class Dismissed(Message):
+    """To a client on another machine: its key is no longer among those that may connect, and what it sends is not read."""
+
+
 class ModelCard(Message):
     """What a frontend must know of the served model."""
 
@@ -260,5 +264,5 @@ class Failed(Message):
 ToTokenizer = Generate | Abort | Recall | Tokenize | Detokenize | Describe
 ToFrontend = Accepted | Text | PromptScores | Failed | Recalled | Tokenized | Detokenized | ModelCard | CallFailed
 FromGuest = ToTokenizer | ListDesks
-ToGuest = ToFrontend | Desks
+ToGuest = ToFrontend | Desks | Dismissed
 """The same for clients on other machines."""

@@ -100,6 +100,7 @@ def samples() -> list[Message]:
         frontend.Detokenize(FAR, (1, 1 << 40)),
         frontend.Describe(FAR),
         frontend.ListDesks(FAR),
+        frontend.Dismissed(),
         frontend.Text([FAR], ["x"], [1], [], [], [5]),
     ]
 
