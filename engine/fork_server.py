@@ -36,10 +36,13 @@ from headrace.engine.messages.wire import Codec, encode
 
 if TYPE_CHECKING:
     # The command line imports this module first of all, to have the process at work while it goes on.
-    from asyncio import AbstractEventLoop
+    from asyncio import AbstractEventLoop, TimerHandle
 
 LONGEST = 64 << 10
 """Bytes of a message."""
+
+LAST_WORDS_S = 1.0
+"""For how long after its death a child that it has forked may say so."""
 
 _SET_CHILD_SUBREAPER = 36
 
@@ -48,7 +51,7 @@ class ForkServer:
     """The supervisor's end. Its process starts at once, and ends with the block or with the supervisor."""
 
     def __init__(self) -> None:
-        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _adopt_orphans(True)
         self._death_read, self._death_write = os.pipe()
         """Every child has the first end and no other process the second: see `engine.process`."""
         self._lesson: Learn | None = None
@@ -56,7 +59,10 @@ class ForkServer:
         self._on_born: Callable[[Born], None] = lambda _: None
         self._on_death: Callable[[str], None] = lambda _: None
         self._loop: AbstractEventLoop | None = None
-        """Which watches the process while it lives."""
+        """Which watches the process while it lives, and the channel while anybody may say something."""
+        self._status: int | None = None
+        """Of the process, once it has died."""
+        self._patience: TimerHandle | None = None
         self._launch()
 
     def __enter__(self) -> Self:
@@ -88,12 +94,15 @@ class ForkServer:
 
     def stands_still(self) -> bool:
         """Whether its process has been stopped (SIGSTOP)."""
-        return stat_of(self._process.pid)[0] == "T"
+        return self._status is None and stat_of(self._process.pid)[0] == "T"
 
     def bury_strangers(self, known: Callable[[], set[int]]) -> None:
         """Wait for the dead that are none of the `known` pids: what a child started itself falls to this process when the child dies."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        pids = {int(pid) for thread in Path("/proc/self/task").iterdir() for pid in (thread / "children").read_text().split()}
+        pids: set[int] = set()
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it may end while one looks
+                pids.update(map(int, (thread / "children").read_text().split()))
         dead = {pid for pid in pids - {self._process.pid} if os.waitid(os.P_PID, pid, flags)}
         if dead:
             # A child says that it is born before it dies.
@@ -111,6 +120,7 @@ class ForkServer:
         if self._loop:
             self._read()
         self._forget()
+        _adopt_orphans(False)
 
     def _launch(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -125,11 +135,15 @@ class ForkServer:
 
     def _watch(self, loop: "AbstractEventLoop") -> None:
         self._loop = loop
+        self._status = None
         self._pidfd = os.pidfd_open(self._process.pid)
         loop.add_reader(self._pidfd, self._died)
         loop.add_reader(self._channel, self._read)
 
     def _forget(self) -> None:
+        if self._patience:
+            self._patience.cancel()
+            self._patience = None
         if self._loop:
             self._loop.remove_reader(self._pidfd)
             self._loop.remove_reader(self._channel)
@@ -150,19 +164,30 @@ class ForkServer:
             except OSError:
                 return
             if not frame:
-                # It has died, as its pidfd will tell too.
-                assert self._loop
-                self._loop.remove_reader(self._channel)
+                # The process is dead, and nobody is left who was forked and has not said so.
+                self._end()
                 return
             born = self._codec.decode(frame)
             assert isinstance(born, Born)
             self._on_born(born)
 
     def _died(self) -> None:
-        self._read()
-        status = self._process.wait()
-        self._forget()
-        self._on_death(f"by signal {-status}" if status < 0 else f"with status {status}")
+        assert self._loop
+        self._loop.remove_reader(self._pidfd)
+        self._status = self._process.wait()
+        self._patience = self._loop.call_later(LAST_WORDS_S, self._end)
+
+    def _end(self) -> None:
+        """Let go of a dead process, and tell; once."""
+        if self._loop:
+            status = self._process.wait() if self._status is None else self._status
+            self._forget()
+            self._on_death(f"by signal {-status}" if status < 0 else f"with status {status}")
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    """Whether this process becomes the parent of its children's orphans."""
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def stat_of(pid: int) -> list[str]:

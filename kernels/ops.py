@@ -25,6 +25,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from headrace.kernels.drafts import DraftTrees, Verified
+from headrace.kernels.kv_rows import KVRows
 from headrace.kernels.weights import Weight
 
 Prepared = Any
@@ -271,6 +273,25 @@ class Backend(Protocol):
         """Bytes that one page takes in all layers together."""
         ...
 
+    def copy_kv(self, kv: Sequence[KVPages], from_slots: np.ndarray, to_slots: np.ndarray) -> None:
+        """K and V, and their scales, of the positions at `from_slots` to `to_slots`, in all layers and bit for bit: what a tree needs when
+        the accepted rows move up to the places of their positions. int32 [M] each, page * page_size + offset.
+
+        As if all were read before any is written: a slot may be in both, and two may change places. Those in `to_slots` are distinct, one
+        in `from_slots` may go to several. `kv` is what `new_kv` gave. ValueError for slots that are not there, or twice in `to_slots`.
+        """
+        ...
+
+    def gather_kv(self, kv: Sequence[KVPages], pages: np.ndarray) -> KVRows:
+        """K and V of whole pages (int32 [n], in this order) as they are stored, out of all layers: n * page_size positions, for another
+        process. All backends lay them out alike. ValueError for pages that are not there."""
+        ...
+
+    def scatter_kv(self, kv: Sequence[KVPages], pages: np.ndarray, rows: KVRows) -> None:
+        """The inverse of `gather_kv`: `rows` to whole pages (int32 [n], distinct), whose size need not be that of the pages they come from.
+        ValueError for pages that are not there or named twice, and for rows of other shapes or types than these pages have."""
+        ...
+
     def kv_room(self) -> int:
         """Bytes that pages may take where nobody says otherwise. Asked when all weights have been prepared."""
         ...
@@ -286,4 +307,35 @@ class Backend(Protocol):
 
     def score(self, logits: Array, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         """For each row of logits [B, V]: log-probability of `tokens[b]`, and the `top` most likely ids with theirs."""
+        ...
+
+    def verify(self, trees: DraftTrees, tokens: Sequence[int] | Array) -> Verified:
+        """The path of each tree whose drafts are the tokens that were sampled in their places anyway: greedy or seeded, what is emitted is
+        the same as without drafts.
+
+        `tokens` [N] are those that `sample` gave for the rows, each with its path before it taken for emitted; `NO_TOKEN` where a row's
+        logits were invalid. A list, or an integer array where the implementation computes, which then is walked there. From the root on,
+        a row's token is emitted, and its child with that token as draft is next (the first, if there are several). A path ends with an
+        end token, before an invalid row, and where no child is right. ValueError for what are no trees.
+        """
+        ...
+
+    def rejection_sample(self, logits: Array, batch: SamplingBatch, trees: DraftTrees, probabilities: Array) -> Verified:
+        """The path of each tree by speculative sampling: more drafts are right than for `verify`, and what is emitted is distributed as if
+        each token were sampled by `batch` (N rows, each with its path before it taken for emitted), though it is not the same.
+
+        logits [N, V]; `probabilities` float32 [N, V], 0 to 1: for each row the distribution that its children were drawn from, the first
+        from all of it, each further one from what its elder siblings left, without replacement, with random numbers of the drafter's own.
+        Rows without children are not read. For drafts that were chosen without dice, as the k most likely, `verify` is right in
+        distribution too. Of a row's children, in order, with p and q what target and draft have become (all in whole numbers, see
+        `headrace.kernels.reference.rejection`):
+
+            accept x if u < p(x) / q(x);   else p = normalized max(p - q, 0), q = normalized q without x;   after the last draw from p
+
+        (arXiv:2305.09781, section 4.3, and arXiv:2302.01318, with q as in arXiv:2402.14160, which draws without replacement.) A child of
+        which the draft's probability is 0 is passed over. Paths end as in `verify`. u of the i-th child of a row and of the draw after
+        them are `philox.uniform(seed, position, draw)` for draw i and 0, i from 1. `batch.logprobs` is not read: see `score`.
+        ValueError for what are no trees, for shapes that differ, and for siblings of one token; FloatingPointError for probabilities
+        that are none.
+        """
         ...

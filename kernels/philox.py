@@ -1,7 +1,8 @@
 """Random numbers that are a pure function of (seed, position): the counter-based generator Philox4x32-10.
 
 A request's k-th token is drawn with the number at counter k under its seed, whatever was drawn before it, beside it or by which
-process. That is why a seeded request gives the same tokens alone, in a batch, and after a restart.
+process. That is why a seeded request gives the same tokens alone, in a batch, and after a restart. Where drafts are accepted by
+dice, a counter has further numbers: `draw` is a word of it.
 
 Source: J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11, section 3.3.
 """
@@ -24,7 +25,7 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return a, b, c, d
 
 
-def uniform(seed: int, position: int) -> float:
+def uniform(seed: int, position: int, draw: int = 0) -> float:
     """The number in [0, 1) at `position`, a multiple of 2^-53. Of the seed, the lowest 64 bits count (of a negative one too)."""
-    words = philox4x32((position & _WORD, position >> 32, 0, 0), (seed & _WORD, (seed >> 32) & _WORD))
+    words = philox4x32((position & _WORD, position >> 32, draw, 0), (seed & _WORD, (seed >> 32) & _WORD))
     return ((words[0] >> 5) * (1 << 26) + (words[1] >> 6)) / (1 << 53)

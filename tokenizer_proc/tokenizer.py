@@ -40,7 +40,7 @@ from headrace.engine.messages.frontend import (
     ToTokenizer,
 )
 from headrace.engine.messages.lifecycle import PeerDied
-from headrace.engine.messages.tokens import Cancel, FromScheduler, Refused, SchedulerUp, Tokens
+from headrace.engine.messages.tokens import Cancel, FromScheduler, Moved, Refused, SchedulerUp, Tokens
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SCHEDULER, desk_name
 from headrace.engine.process import Process, Role
@@ -121,6 +121,10 @@ class TokenizerActor:
                         message.request, message.status, message.code, message.message, None, message.retry_after, message.hold_s
                     )
                     self._tell(live.frontend, failed)
+            case Moved(request=request, attempt=attempt):
+                live = self._live.get(request)
+                if live is not None and live.generate.attempt < attempt:
+                    self._forget(request)
             case SchedulerUp():
                 self._scheduler = max(self._scheduler, message.incarnation)
                 self._submit_again()

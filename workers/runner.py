@@ -23,6 +23,7 @@ from headrace.engine.messages.steps import ToWorker
 from headrace.engine.messages.tokens import PromptLogprobs, TokenLogprobs
 from headrace.engine.process import Process, Role
 from headrace.engine.sizes import parse_size
+from headrace.kernels.drafts import NO_TOKEN, chains
 from headrace.kernels.ops import Array, Backend, SamplingBatch
 from headrace.kernels.select import KernelsUnavailable, load, make_backend
 from headrace.workers.batch import build_batch
@@ -86,7 +87,7 @@ class ModelRunner:
         """Sample every row that emits."""
         sequences = [row.sequence for row in rows if row.emits]
         tokens, scores = self._sample(logits, sequences, None)
-        outcome.tokens = [[] if token is None else [token] for token in tokens]
+        outcome.tokens = [[] if token == NO_TOKEN else [token] for token in tokens]
         for sequence, one in zip(sequences, scores, strict=True):
             if one is not None:
                 outcome.logprobs.append(_scored(sequence, sequence.emitted, one))
@@ -98,31 +99,24 @@ class ModelRunner:
         self._drafter.keep({row.sequence.request for row in rows})
         sequences = [sequence for sequence, draft in emitting for _ in range(len(draft) + 1)]
         before = [draft[:count] for _, draft in emitting for count in range(len(draft) + 1)]
-        going_on = True
-        for token, one, sequence, drafted in zip(*self._sample(logits, sequences, before), sequences, before, strict=True):
-            if not drafted:
-                outcome.tokens.append([])
-                going_on = True
-            elif going_on:
-                last = drafted[-1]
-                going_on = outcome.tokens[-1][-1] == last and last not in sequence.end_tokens
-            going_on = going_on and token is not None
-            if not going_on:
-                continue
-            outcome.tokens[-1].append(token)
-            if one is not None:
-                outcome.logprobs.append(_scored(sequence, sequence.emitted + len(drafted), one))
+        tokens, scores = self._sample(logits, sequences, before)
+        trees = chains([draft for _, draft in emitting], [sequence.end_tokens for sequence, _ in emitting])
+        outcome.tokens = self._backend.verify(trees, tokens).tokens
+        if not any(scores):
+            return
+        for (sequence, _), start, emitted in zip(emitting, trees.starts, outcome.tokens, strict=False):
+            for index, one in enumerate(scores[start : start + len(emitted)], sequence.emitted):
+                if one is not None:
+                    outcome.logprobs.append(_scored(sequence, index, one))
 
-    def _sample(
-        self, logits: Array, sequences: list[Sequence], before: list[list[int]] | None
-    ) -> tuple[list[int | None], list[Scores | None]]:
-        """A token and its scores for each row of logits; no token where they are invalid. A row's token comes after its sequence's own, and
+    def _sample(self, logits: Array, sequences: list[Sequence], before: list[list[int]] | None) -> tuple[list[int], list[Scores | None]]:
+        """A token and its scores for each row of logits; NO_TOKEN where they are invalid. A row's token comes after its sequence's own, and
         after the drafts `before` it, taken for emitted."""
         try:
             sampled = self._backend.sample(logits, self._sampling_batch(sequences, before))
         except FloatingPointError:
             if len(sequences) == 1:
-                return [None], [None]
+                return [NO_TOKEN], [None]
             tokens, scores = [], []
             for row, sequence in enumerate(sequences):
                 token, score = self._sample(logits[row : row + 1], [sequence], before and before[row : row + 1])

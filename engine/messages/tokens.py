@@ -1,7 +1,7 @@
 """Between a tokenizer and the scheduler: requests as token ids, and tokens as they come.
 
     tokenizer ── Submit, Cancel ──────▶ scheduler
-    tokenizer ◀─ Tokens…, Refused ───── scheduler
+    tokenizer ◀─ Tokens…, Refused, Moved ── scheduler
 
 The `index` column makes delivery exactly-once across restarts: the receiver keeps how many tokens it has of each request
 and drops what it already has.
@@ -117,6 +117,13 @@ class Refused(Message):
     """Seconds in which any other new request would be told the same: whoever knows need not bring it."""
 
 
+class Moved(Message):
+    """The tokens of a request go to another tokenizer, where `attempt` asked for it; an earlier attempt hears nothing more of it."""
+
+    request: int
+    attempt: int
+
+
 class SchedulerUp(Message):
     """A scheduler has (re)started and knows no request: whoever holds some submits them again, with the emitted tokens."""
 
@@ -124,4 +131,4 @@ class SchedulerUp(Message):
 
 
 ToScheduler = Submit | Cancel
-FromScheduler = Tokens | Refused | SchedulerUp
+FromScheduler = Tokens | Refused | Moved | SchedulerUp

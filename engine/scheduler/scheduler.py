@@ -21,7 +21,7 @@ from headrace.engine.ledger.ledger import Ended, Ledger
 from headrace.engine.ledger.sequence import Sequence
 from headrace.engine.messages.lifecycle import Drain, Drained, PeerDied, Progress, Restart, Resume
 from headrace.engine.messages.steps import Begin, FromWorker, Hello, Plan, StepResult, WorkerUp
-from headrace.engine.messages.tokens import Cancel, Refused, SchedulerUp, Submit, TokenEnd, ToScheduler
+from headrace.engine.messages.tokens import Cancel, Moved, Refused, SchedulerUp, Submit, TokenEnd, ToScheduler
 from headrace.engine.messages.wire import Message
 from headrace.engine.names import SUPERVISOR, tokenizer_names, worker_names
 from headrace.engine.process import Process, Role
@@ -216,9 +216,14 @@ class Scheduler:
         self._process.send(entry.reply_to, Refused(entry.submit.request, status, code, message))
 
     def _tell_again(self, entry: Entry, submit: Submit) -> None:
-        """A tokenizer asks for a request that is running: it has taken it over from one that died, and lacks what came since."""
+        """A tokenizer asks for a request that is running: it has taken it over from one that died, and lacks what came since. That one's
+        successor may have been asked for it too, by a frontend that had not heard of the death yet."""
         if submit.attempt < entry.attempt:
+            if submit.reply_to != entry.reply_to:
+                self._process.send(submit.reply_to, Moved(submit.request, entry.attempt))
             return
+        if submit.reply_to != entry.reply_to:
+            self._process.send(entry.reply_to, Moved(submit.request, submit.attempt))
         entry.attempt = submit.attempt
         entry.reply_to = submit.reply_to
         have = len(submit.emitted)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from headrace.kernels.drafts import DraftTrees, Verified, walk
+from headrace.kernels.kv_rows import KVRows
 from headrace.kernels.ops import HeadShape, Model, RopeTable, Sampled, SamplingBatch
 from headrace.kernels.room import host_room
 from headrace.kernels.weights import Weight
@@ -23,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the extension headrace.kernels.cpu._native is not there: {error}") from None
 
-from headrace.kernels.cpu import sampling
+from headrace.kernels.cpu import moves, sampling
 from headrace.kernels.cpu.memory import Memory
 from headrace.kernels.cpu.packed import FORMAT, Allocate, Packed, Part, pack, pack_experts
 from headrace.kernels.cpu.pages import TYPES, Pages, page_bytes
@@ -135,6 +137,15 @@ class CpuBackend:
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
         return page_bytes(layers, page_size, heads, dtype)
 
+    def copy_kv(self, kv: Sequence[Pages], from_slots: np.ndarray, to_slots: np.ndarray) -> None:
+        moves.copy_kv(kv, from_slots, to_slots)
+
+    def gather_kv(self, kv: Sequence[Pages], pages: np.ndarray) -> KVRows:
+        return moves.gather_kv(kv, pages)
+
+    def scatter_kv(self, kv: Sequence[Pages], pages: np.ndarray, rows: KVRows) -> None:
+        moves.scatter_kv(kv, pages, rows)
+
     def kv_room(self) -> int:
         return host_room()
 
@@ -153,3 +164,14 @@ class CpuBackend:
 
     def score(self, logits: np.ndarray, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         return sampling.score(self._engine, logits, tokens, top)
+
+    def verify(self, trees: DraftTrees, tokens: Sequence[int] | np.ndarray) -> Verified:
+        return walk(trees, tokens.tolist() if isinstance(tokens, np.ndarray) else tokens)
+
+    def rejection_sample(self, logits: np.ndarray, batch: SamplingBatch, trees: DraftTrees, probabilities: np.ndarray) -> Verified:
+        """By the reference, which brings torch along: a process that never asks for it is spared that."""
+        import torch
+
+        from headrace.kernels.reference.rejection import rejection_sample
+
+        return rejection_sample(torch.from_numpy(logits), batch, trees, torch.from_numpy(probabilities))

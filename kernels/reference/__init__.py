@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from headrace.kernels.drafts import DraftTrees, Verified, walk
+from headrace.kernels.kv_rows import KVRows
 from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable, Sampled, SamplingBatch
 from headrace.kernels.reference import experts as experts_op
-from headrace.kernels.reference import sampling
+from headrace.kernels.reference import moves, sampling
 from headrace.kernels.reference.attention import attention
 from headrace.kernels.reference.embed import Table, embed
 from headrace.kernels.reference.gated import gated
 from headrace.kernels.reference.linear import PreparedLinear, linear, prepare
 from headrace.kernels.reference.norm import rmsnorm
+from headrace.kernels.reference.rejection import rejection_sample
 from headrace.kernels.reference.rope import Rope, rope_write_kv
 from headrace.kernels.reference.step import LARGEST, TYPES, KVPages, StepTokens
 from headrace.kernels.room import host_room
@@ -62,6 +65,15 @@ class ReferenceBackend:
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
         position = 2 * (TYPES[dtype].itemsize * heads.dim + (4 if TYPES[dtype] in LARGEST else 0))
         return layers * heads.kv_heads * page_size * position
+
+    def copy_kv(self, kv: Sequence[KVPages], from_slots: np.ndarray, to_slots: np.ndarray) -> None:
+        moves.copy_kv(kv, from_slots, to_slots)
+
+    def gather_kv(self, kv: Sequence[KVPages], pages: np.ndarray) -> KVRows:
+        return moves.gather_kv(kv, pages)
+
+    def scatter_kv(self, kv: Sequence[KVPages], pages: np.ndarray, rows: KVRows) -> None:
+        moves.scatter_kv(kv, pages, rows)
 
     def kv_room(self) -> int:
         return host_room()
@@ -124,6 +136,12 @@ class ReferenceBackend:
 
     def score(self, logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         return sampling.score(logits, tokens, top)
+
+    def verify(self, trees: DraftTrees, tokens: Sequence[int] | torch.Tensor) -> Verified:
+        return walk(trees, tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)
+
+    def rejection_sample(self, logits: torch.Tensor, batch: SamplingBatch, trees: DraftTrees, probabilities: torch.Tensor) -> Verified:
+        return rejection_sample(logits, batch, trees, probabilities)
 
 
 class ReferenceProgram:

@@ -14,7 +14,8 @@ result is the same. numpy does what is not a kernel's work: it needs no threads,
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -111,9 +112,58 @@ def _adjusted(values: Floats, batch: SamplingBatch, row: int) -> Floats:
     return values
 
 
+def distribution(values: Floats, batch: SamplingBatch, row: int) -> Integers:
+    """What a row's token is drawn from: the weights [V] of the tokens that the filters leave, 0 of all others. One that is greedy leaves
+    one. FloatingPointError as `sample`."""
+    check_largest(values.max(), row)
+    if adjusts(batch, row):
+        values = _adjusted(values, batch, row)
+        check_largest(values.max(), row)
+    if is_greedy(batch, row):
+        return _filtered(values, 1.0, 1, 1.0, 0.0)
+    return _filtered(values, batch.temperature[row], batch.top_k[row], batch.top_p[row], batch.min_p[row])
+
+
+def _filtered(values: Floats, temperature: float, top_k: int, top_p: float, min_p: float) -> Integers:
+    values, largest = _bounded(values)
+    if not 0 < top_k < len(values) and top_p >= 1 and min_p <= 0:
+        return _weights(values, largest, temperature)
+    for prefix in _prefixes(values, largest, temperature, top_k, top_p, min_p):
+        if prefix.complete:
+            weights = np.zeros(len(values), np.int64)
+            weights[prefix.ids[: prefix.kept]] = np.diff(prefix.sums[: prefix.kept], prepend=0)
+            return weights
+    raise AssertionError("the last attempt holds every token")
+
+
 def _draw(values: Floats, number: float, temperature: float, top_k: int, top_p: float, min_p: float) -> int:
     """The token that the random number in [0, 1) falls on."""
     values, largest = _bounded(values)
+    for prefix in _prefixes(values, largest, temperature, top_k, top_p, min_p):
+        # The product of integers is exact, so that it stays below the mass.
+        target = int(number * (1 << 53)) * prefix.mass >> 53
+        if (place := int(prefix.sums.searchsorted(target, side="right"))) < prefix.kept:
+            return int(prefix.ids[place])
+    raise AssertionError("the last attempt holds every token")
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """The first tokens in order."""
+
+    ids: Integers
+    sums: Integers
+    """Of their weights, up to each and with it."""
+    kept: int
+    """How many of them the filters leave."""
+    mass: int
+    """Of all that the filters leave."""
+    complete: bool
+    """Whether those are all among these."""
+
+
+def _prefixes(values: Floats, largest: float, temperature: float, top_k: int, top_p: float, min_p: float) -> Iterator[_Prefix]:
+    """Longer and longer ones, from the first on that tells where the filters end."""
     size, weights, mass = len(values), None, 0
     if 0 < top_k < size:
         limit, attempts = top_k, [top_k]
@@ -134,15 +184,8 @@ def _draw(values: Floats, number: float, temperature: float, top_k: int, top_p: 
             kept, complete = int(sums.searchsorted(reach)) + 1, True
         if min_p > 0 and (likely := int((_exponents(values[ids], largest, temperature) >= math.log(min_p)).sum())) < count:
             kept, complete = min(kept, likely), True
-        if complete:
-            mass = int(sums[kept - 1])
-        elif top_p < 1 or min_p > 0:
-            continue
-        # The product of integers is exact, so that it stays below the mass.
-        target = int(number * (1 << 53)) * mass >> 53
-        if (place := int(sums.searchsorted(target, side="right"))) < kept:
-            return int(ids[place])
-    raise AssertionError("the last attempt holds every token")
+        if complete or (top_p >= 1 and min_p <= 0):
+            yield _Prefix(ids, sums, kept, int(sums[kept - 1]) if complete else mass, complete)
 
 
 def _scores(values: Floats, token: int, top: int, row: int) -> Scores:

@@ -13,18 +13,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from headrace.kernels.drafts import DraftTrees, Verified
+from headrace.kernels.kv_rows import KVRows
 from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable, Sampled, SamplingBatch
 from headrace.kernels.reference.rope import Rope
 from headrace.kernels.room import host_room
 from headrace.kernels.triton import attention as attention_op
 from headrace.kernels.triton import experts as experts_op
-from headrace.kernels.triton import sampling
+from headrace.kernels.triton import moves, sampling
+from headrace.kernels.triton.drafts import verify
 from headrace.kernels.triton.embed import embed
 from headrace.kernels.triton.gated import gated
 from headrace.kernels.triton.graphs import Graphs
 from headrace.kernels.triton.linear import linear
 from headrace.kernels.triton.norm import add_rmsnorm, rmsnorm
 from headrace.kernels.triton.pages import TYPES, KVPages, page_bytes
+from headrace.kernels.triton.rejection import rejection_sample
 from headrace.kernels.triton.rope import rope_write_kv
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.triton.weights import DeviceWeight, prepare
@@ -125,10 +129,19 @@ class TritonBackend:
         return Rope(cos, sin, table.interleaved)
 
     def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> list[KVPages]:
-        return [KVPages.new(pages, page_size, heads, self.device, dtype) for _ in range(layers)]
+        return KVPages.layers(layers, pages, page_size, heads, self.device, dtype)
 
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
         return page_bytes(layers, page_size, heads, dtype)
+
+    def copy_kv(self, kv: Sequence[KVPages], from_slots: np.ndarray, to_slots: np.ndarray) -> None:
+        moves.copy_kv(kv, from_slots, to_slots)
+
+    def gather_kv(self, kv: Sequence[KVPages], pages: np.ndarray) -> KVRows:
+        return moves.gather_kv(kv, pages)
+
+    def scatter_kv(self, kv: Sequence[KVPages], pages: np.ndarray, rows: KVRows) -> None:
+        moves.scatter_kv(kv, pages, rows)
 
     def kv_room(self) -> int:
         """What is free on the device, less room for activations and graphs."""
@@ -145,6 +158,12 @@ class TritonBackend:
 
     def score(self, logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, list[int], list[float]]]:
         return sampling.score(logits, tokens, top)
+
+    def verify(self, trees: DraftTrees, tokens: Sequence[int] | torch.Tensor) -> Verified:
+        return verify(trees, tokens)
+
+    def rejection_sample(self, logits: torch.Tensor, batch: SamplingBatch, trees: DraftTrees, probabilities: torch.Tensor) -> Verified:
+        return rejection_sample(logits, batch, trees, probabilities)
 
 
 class TritonProgram:

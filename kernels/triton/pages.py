@@ -25,11 +25,18 @@ class KVPages:
     @classmethod
     def new(cls, pages: int, page_size: int, heads: HeadShape, device: torch.device, dtype: str) -> "KVPages":
         """Filled with zeros."""
-        shape = (pages, heads.kv_heads, page_size, heads.dim)
+        return cls.layers(1, pages, page_size, heads, device, dtype)[0]
+
+    @classmethod
+    def layers(cls, layers: int, pages: int, page_size: int, heads: HeadShape, device: torch.device, dtype: str) -> list["KVPages"]:
+        """The same for each of so many layers, at equal distances in memory: one launch reaches them all."""
+        shape = (layers, pages, heads.kv_heads, page_size, heads.dim)
         stored = torch.uint8 if dtype == "fp8" and not knows_float8(device) else TYPES[dtype]
         keys, values = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
-        scales = torch.zeros(pages, heads.kv_heads, 2, page_size, device=device) if dtype in SCALED else None
-        return cls(keys, values, scales)
+        if dtype not in SCALED:
+            return [cls(keys[layer], values[layer], None) for layer in range(layers)]
+        scales = torch.zeros(layers, pages, heads.kv_heads, 2, page_size, device=device)
+        return [cls(keys[layer], values[layer], scales[layer]) for layer in range(layers)]
 
     @property
     def page_size(self) -> int:

@@ -96,14 +96,16 @@ def head_kernel(logits, largest, temperature, tokens, weights, exponents, V, cou
 
 
 @triton.jit
-def philox_kernel(seeds, positions, numbers, B, BLOCK: tl.constexpr):
-    """`kernels.philox.uniform` as whole numbers of 53 bits: int64 [B]."""
+def philox_kernel(seeds, positions, draws, numbers, B, BLOCK: tl.constexpr):
+    """`kernels.philox.uniform` as whole numbers of 53 bits: int64 [B]. Without `draws`, those of draw 0."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seeds + row, mask=row < B, other=0).to(tl.uint64, bitcast=True)
     position = tl.load(positions + row, mask=row < B, other=0).to(tl.uint64, bitcast=True)
     word: tl.constexpr = 0xFFFFFFFF
     a, b = position & word, position >> 32
     c, d = a * 0, a * 0
+    if draws is not None:
+        c = tl.load(draws + row, mask=row < B, other=0).to(tl.uint64, bitcast=True)
     left, right = seed & word, seed >> 32
     for _ in tl.static_range(10):
         first, second = a * 0xD2511F53, c * 0xCD9E8D57
@@ -130,8 +132,11 @@ class Draws:
 
     @classmethod
     def of(cls, batch: SamplingBatch, rows: Sequence[int], vocabulary: int, device: torch.device) -> "Draws":
-        temperature = np.array([batch.temperature[row] for row in rows], np.float32)
-        top_k = np.array([batch.top_k[row] if 0 < batch.top_k[row] < vocabulary else vocabulary for row in rows])
+        """A row that is greedy draws from the one token that a temperature of 1 makes the first."""
+        greedy = [is_greedy(batch, row) for row in rows]
+        top_ks = [1 if is_first else batch.top_k[row] for row, is_first in zip(rows, greedy, strict=True)]
+        temperature = np.array([1 if is_first else batch.temperature[row] for row, is_first in zip(rows, greedy, strict=True)], np.float32)
+        top_k = np.array([top_k if 0 < top_k < vocabulary else vocabulary for top_k in top_ks])
         top_p = np.array([batch.top_p[row] for row in rows], np.float64)
         least = np.array([math.log(batch.min_p[row]) if batch.min_p[row] > 0 else -math.inf for row in rows], np.float32)
         seeds = np.array([batch.seed[row] & (1 << 64) - 1 for row in rows], np.uint64).view(np.int64)
@@ -139,20 +144,25 @@ class Draws:
         on = [torch.from_numpy(x).to(device) for x in (temperature, top_k, top_p, least, seeds, positions)]
         return cls(*on[:4], random_numbers(on[4], on[5]))
 
+    @property
+    def filtered(self) -> torch.Tensor:
+        """Whether top p or min p leaves anything out: bool [B]."""
+        return (self.top_p < 1) | (self.least > -math.inf)
+
     def take(self, rows: torch.Tensor) -> "Draws":
         return Draws(*(getattr(self, name)[rows] for name in self.__slots__))
 
 
-def random_numbers(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Of 53 bits, for seeds and positions int64 [B]."""
+def random_numbers(seeds: torch.Tensor, positions: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
+    """Of 53 bits, for seeds, positions and draws int64 [B]."""
     numbers = torch.empty_like(seeds)
-    philox_kernel[(triton.cdiv(len(seeds), 128),)](seeds, positions, numbers, len(seeds), BLOCK=128, num_warps=4)
+    philox_kernel[(triton.cdiv(len(seeds), 128),)](seeds, positions, draws, numbers, len(seeds), BLOCK=128, num_warps=4)
     return numbers
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     """See `Backend.sample`: logits float32 [B, V] on any device."""
-    values = _adjusted(logits, batch)
+    values = adjusted(logits, batch)
     tokens = _best(logits)
     if values is not logits:
         tokens = _best(values)
@@ -189,7 +199,7 @@ def _best(logits: torch.Tensor) -> torch.Tensor:
     return best
 
 
-def _adjusted(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+def adjusted(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """The logits with penalties, bias and bans; themselves where there are none."""
     rows = [row for row in range(len(logits)) if adjusts(batch, row)]
     if not rows:
@@ -274,6 +284,18 @@ def _walk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The token that each row's number falls on, if the tokens that are in order (`head` [B, count]) are enough to tell, and whether."""
     count, vocabulary = head.shape[1], logits.shape[1]
+    sums, kept, mass, within = prefix(logits, largest, draws, head, mass)
+    found = torch.searchsorted(sums, _share(draws.numbers[:, None], mass), right=True)
+    told = (within | ~draws.filtered[:, None]) & (found < kept) & ((draws.top_k[:, None] <= count) | (draws.top_k[:, None] == vocabulary))
+    return head.gather(1, found.clamp(max=count - 1))[:, 0], told[:, 0]
+
+
+def prefix(
+    logits: torch.Tensor, largest: torch.Tensor, draws: Draws, head: torch.Tensor, mass: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the tokens `head` [B, count], which are the first in order: sums of weights up to each [B, count], how many of them the filters
+    leave, the mass of all that they leave, and whether those are all among these, [B, 1] each. `mass` [B] is that of all tokens."""
+    count, vocabulary = head.shape[1], logits.shape[1]
     weights, exponents = weigh(logits, largest, draws, head)
     place = torch.arange(count, device=head.device)[None, :]
     known = draws.top_k.clamp(max=count)[:, None]
@@ -289,12 +311,8 @@ def _walk(
     likely = ((exponents >= draws.least[:, None]) & (place < known)).sum(1, keepdim=True)
     cut = (draws.least[:, None] > -math.inf) & (likely < known)
     kept = torch.where(cut, torch.minimum(kept, likely), kept)
-    filtered = (draws.top_p[:, None] < 1) | (draws.least[:, None] > -math.inf)
     within = complete | reached | cut
-    mass = torch.where(within, sums.gather(1, (kept - 1).clamp(min=0)), mass)
-    found = torch.searchsorted(sums, _share(draws.numbers[:, None], mass), right=True)
-    told = (within | ~filtered) & (found < kept) & ((draws.top_k[:, None] <= count) | (draws.top_k[:, None] == vocabulary))
-    return head.gather(1, found.clamp(max=count - 1))[:, 0], told[:, 0]
+    return sums, kept, torch.where(within, sums.gather(1, (kept - 1).clamp(min=0)), mass), within
 
 
 def _share(number: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:

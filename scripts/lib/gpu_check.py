@@ -8,8 +8,11 @@ listed, at the end and in the JSON. With --after FILE, what that JSON does not h
 
 import argparse
 import json
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,12 +33,14 @@ from headrace.kernels.triton import TritonBackend
 from headrace.workers.model.decoder import Decoder, head_shape
 from headrace.workers.model.names import HUGGINGFACE
 from scripts.lib import gpu_times
+from scripts.lib.gpu_drafts import drafts
 from scripts.lib.gpu_times import Items, RandomCheckpoint, Run, steps
 from scripts.lib.kernel_parity import line_of, ordered, outcomes, table
 from scripts.lib.step_model import plain_llama
 from tests.kernels import triton_parity
 from tests.serving import Command
 
+COMPARE = Path(__file__).resolve().parents[1] / "bench" / "compare.py"
 SMALL = plain_llama(256, 8, 2, 704, 4, 1000, 32)
 
 
@@ -149,9 +154,20 @@ def compare(results: dict, titles: list[str], numbers: list[int]) -> None:
 
 
 def serving(run: Run) -> Items:
-    """The model that --serve names."""
+    """The model that --serve names, by itself and beside vLLM if that is installed."""
     if model := run.model:
         yield Path(model).name, lambda: serve(run.results, model)
+        if program := shutil.which("vllm"):
+            yield f"{Path(model).name} beside vLLM", lambda: beside_vllm(run.results, model, program)
+
+
+def beside_vllm(results: dict, model_path: str, vllm: str) -> None:
+    """The four workloads, in turn with vLLM."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "compare.json"
+        command = [sys.executable, str(COMPARE), model_path, "--peer", f"vllm-gpu={vllm}", "--rounds", "3", "--json", str(written)]
+        subprocess.run([*command, "--", "--kernels", "triton"], check=True)
+        results["beside vLLM"] = json.loads(written.read_text())
 
 
 def serve(results: dict, model_path: str) -> None:
@@ -190,6 +206,7 @@ def serve(results: dict, model_path: str) -> None:
 
 
 SECTIONS: dict[str, Callable[[Run], Items]] = {
+    "drafts": drafts,
     "sampling": gpu_times.samplings,
     "experts": gpu_times.experts,
     "parity": parity,
@@ -199,7 +216,7 @@ SECTIONS: dict[str, Callable[[Run], Items]] = {
     "attention": gpu_times.attentions,
     "products": gpu_times.products,
 }
-"""In this order: the first two have never been run on a GPU."""
+"""In this order: the first three have never been run on a GPU."""
 
 
 def work_through(names: list[str], run: Run, clock: Clock, write: Callable[[], None]) -> None:

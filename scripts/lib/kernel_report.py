@@ -18,7 +18,7 @@ import torch
 from headrace.kernels.aot import MOST_SHARED, TARGETS, Compiled, compiling_for
 from headrace.kernels.ops import HeadShape
 from headrace.kernels.reference.rope import Rope
-from headrace.kernels.triton import TritonOps, experts, sampling
+from headrace.kernels.triton import TritonOps, drafts, experts, moves, rejection, sampling
 from headrace.kernels.triton.pages import KVPages
 from headrace.kernels.triton.products import Tiles as ExpertTiles
 from headrace.kernels.triton.sampling import Draws
@@ -147,12 +147,15 @@ def launches(shape: Shape, target: str) -> Iterator[tuple[str, Launch]]:
     yield "add_rmsnorm", lambda ops: ops.add_rmsnorm(empty(64, shape.hidden), empty(64, shape.hidden, dtype=torch.float32), norm, 1e-5)
     yield "gated", lambda ops: ops.gated(empty(64, 2 * shape.mlp), "silu")
     yield "sampling", lambda ops: sampling_launches(shape.vocabulary)
+    yield "drafts", lambda ops: draft_launches(shape.vocabulary)
     table = Rope(empty(8192, heads.dim // 2, dtype=torch.float32), empty(8192, heads.dim // 2, dtype=torch.float32), False)
     qk_norm = empty(heads.dim, dtype=torch.float32) if shape.qk_norm else None
     for kind in ("bf16", "int8", "fp8"):
         kv = KVPages.new(256, 16, heads, META, kind)
         if kind == "fp8" and target in NO_FLOAT8:
             kv = KVPages(kv.keys.view(torch.uint8), kv.values.view(torch.uint8), kv.scales)
+        for gather in (True, False):
+            yield f"{'gather' if gather else 'scatter'}_kv {kind}", lambda ops, a=(kv, gather): move_launch(*a)
         yield (
             f"rope_write_kv {kind}",
             lambda ops, kv=kv: ops.rope_write_kv(
@@ -176,6 +179,23 @@ def sampling_launches(vocabulary: int) -> None:
     sampling.order(logits, one, one, True)
     sampling.weigh(logits, one, draws, empty(32, sampling.HEAD, dtype=torch.int64))
     sampling.random_numbers(integers, integers)
+
+
+def draft_launches(vocabulary: int) -> None:
+    """Launch the kernels that verify 32 trees of 64 rows."""
+    count, requests = 32 * 64, 32
+    integers = lambda *shape: empty(*shape, dtype=torch.int64)  # noqa: E731
+    each = integers(count)
+    trees = drafts.DeviceTrees(integers(requests + 1), each, each, integers(requests + 1), each, 64, integers(2 * count + requests))
+    drafts.launch(trees, each)
+    one, rows = empty(count, dtype=torch.float32), empty(count, vocabulary, dtype=torch.float32)
+    rejection.launch(rejection.Ready(rows, one, one, each, each, rows, each, each, each), trees)
+
+
+def move_launch(kv: KVPages, gather: bool) -> None:
+    """Launch the kernel that moves 64 positions of these pages, in 32 layers."""
+    layers = [kv] * 32
+    moves.move(layers, empty(64, dtype=torch.int32), moves.rows_of(layers, 64), gather)
 
 
 def compiled(model: str, target: str, every: int = 1) -> Iterator[tuple[str, Compiled]]:

@@ -115,7 +115,7 @@ def test_serve_gives_the_engine_its_settings_and_its_model(monkeypatch):
     from headrace.engine import supervisor
 
     given = []
-    monkeypatch.setattr(supervisor, "run", lambda config, model: given.append((config, model)) or 7)
+    monkeypatch.setattr(supervisor, "run", lambda config, model, forks: given.append((config, model)) or 7)
     monkeypatch.setenv("HEADRACE_MAX_RUNNING", "5")
     assert cli.main(["serve", "--port", "0", "--no-prefix-cache", "--max-context", "100"]) == 7
     ((config, model),) = given

@@ -50,6 +50,7 @@ def test_a_random_number_is_in_its_interval_and_a_function_of_seed_and_position(
     assert number == uniform(seed % 2**64, position)
     assert number != uniform(seed ^ 1, position)
     assert number != uniform(seed, position + 1)
+    assert number == uniform(seed, position, 0) != uniform(seed, position, 1) != uniform(seed, position, 2)
 
 
 # Filters and draw, against an oracle that is slow and obvious

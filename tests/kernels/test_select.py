@@ -1,6 +1,8 @@
 """`--kernels` gives what it names, or says why not."""
 
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -65,3 +67,24 @@ def test_an_instruction_set_the_machine_lacks_is_refused(monkeypatch):
     monkeypatch.setenv("HEADRACE_CPU_ISA", "mmx")
     with pytest.raises(KernelsUnavailable, match=r"the native CPU kernels cannot run: .*mmx"):
         make_backend("cpu")
+
+
+@pytest.mark.parametrize("kind", ["reference", "cpu", "triton"])
+def test_loading_kernels_touches_no_gpu_and_starts_no_thread(kind):
+    """A process forks after this, and neither a GPU's context nor a thread survives that."""
+    if kind == "triton":
+        pytest.importorskip("triton", reason="the extra headrace[triton] is not installed")
+    code = f"""
+import os, sys
+from headrace.kernels import select
+if {kind!r} != "cpu":
+    import torch
+    def touched(*_):
+        raise AssertionError("the GPU was looked for")
+    torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torch._C._cuda_getDeviceCount = touched
+select.load({kind!r})
+assert "headrace.kernels.{kind}" in sys.modules
+assert len(os.listdir("/proc/self/task")) == 1
+"""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

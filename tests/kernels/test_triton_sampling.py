@@ -55,6 +55,10 @@ def test_random_numbers_are_those_of_philox():
     batch = batch_of(*({"seed": seed, "position": position} for seed, position in zip(seeds, positions, strict=True)))
     numbers = sampling.Draws.of(batch, range(5), 10, torch.device(DEVICE)).numbers.tolist()
     assert numbers == [int(uniform(*each) * 2**53) for each in zip(seeds, positions, strict=True)]
+    draws = [0, 1, 2, 2**32 - 1, 7]
+    arguments = (torch.tensor(values, device=DEVICE) for values in ([0, 1, -1, 5, 6], positions, draws))
+    numbers = sampling.random_numbers(*arguments).tolist()
+    assert numbers == [int(uniform(*each) * 2**53) for each in zip([0, 1, -1, 5, 6], positions, draws, strict=True)]
 
 
 def test_a_share_of_a_mass_is_exact():

@@ -30,6 +30,7 @@ from headrace.kernels.triton import TritonBackend, TritonOps
 from headrace.kernels.triton.pages import SCALED, TYPES, KVPages
 from headrace.kernels.triton.step import StepTokens
 from headrace.kernels.weights import GroupedInt, InputRounding, ScaledFloat, Weight
+from tests.kernels.drafts_parity import checks as drafts_checks
 from tests.kernels.draws import batch_of, logits_of, settings
 from tests.kernels.eager import ReferenceOps
 from tests.kernels.experts_parity import checks as experts_checks
@@ -141,6 +142,7 @@ class Checks:
         if self.dtype == torch.float32:
             for shape in ("flat", "peaked", "ties", "infinite"):
                 yield f"sampling {shape}", lambda shape=shape: self.sampling(shape), 0
+            yield from drafts_checks(self.backend)
         pages = ["f32"] if self.dtype == torch.float32 else ["f16", "bf16"]
         for heads in (HeadShape(6, 2, 24), HeadShape(4, 4, 64), HeadShape(8, 2, 128)):
             for kind in [*pages, *SCALED]:

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the extra headrace[triton] is not installe
 if os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
     pytest.skip("there is a GPU: scripts/gpu-check itself runs there", allow_module_level=True)
 
-from scripts.lib import gpu_check, gpu_times, kernel_parity
+from scripts.lib import gpu_check, gpu_drafts, gpu_times, kernel_parity
 from scripts.lib.gpu_times import Mixture, Peaks
 from tests.kernels import triton_parity
 
@@ -138,11 +138,12 @@ SMALL = {"LAYERS": {"gate up": (256, 128)}, "HEADS": gpu_times.HeadShape(4, 2, 3
 SMALL |= {"ATTENTIONS": [("int8", 2, 1, 32), ("bf16", 1, 8, 32)], "FORMS": {"bf16": 16, "int8 x int8": 8}}
 
 
-@pytest.mark.parametrize(("section", "rows"), [("products", 10), ("experts", 8), ("attention", 2), ("sampling", 12)])
+@pytest.mark.parametrize(("section", "rows"), [("products", 10), ("experts", 8), ("attention", 2), ("sampling", 12), ("drafts", 20)])
 def test_sections_fill_their_rows(section, rows, monkeypatch, card):
     for name, value in SMALL.items():
         monkeypatch.setattr(gpu_times, name, value)
     monkeypatch.setattr(gpu_times, "LLAMA_8B", SimpleNamespace(vocab_size=1000))
+    monkeypatch.setattr(gpu_drafts, "LAYERS", 2)
     found = card(section)
     assert (len(found[section]), found["failed"], found["left"]) == (rows, [], [])
 
@@ -153,3 +154,27 @@ def test_weights_that_are_timed_are_those_of_the_form(form, monkeypatch):
     weight = gpu_times.random_weight(256, 128, form)
     assert (weight.outputs, weight.inputs) == (256, 128)
     assert weight.values.nbytes * 8 == 256 * 128 * gpu_times.FORMS[form]
+
+
+def test_a_model_is_compared_with_vllm_where_that_is_installed(card, monkeypatch, tmp_path):
+    vllm = tmp_path / "vllm"
+    vllm.write_text("#!/bin/sh\n")
+    vllm.chmod(0o755)
+    run = []
+
+    def stand_in(command: list[str], check: bool) -> None:
+        run.append(command)
+        with open(command[command.index("--json") + 1], "w") as written:  # noqa: PTH123
+            json.dump({"lines": ["ours", "theirs"]}, written)
+
+    monkeypatch.setattr(gpu_check, "serve", lambda results, model: None)
+    monkeypatch.setattr(gpu_check.subprocess, "run", stand_in)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert card("serving", "--serve", "/models/some")["done"] == ["serving: some"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = card("serving", "--serve", "/models/some")
+    assert found["done"] == ["serving: some", "serving: some beside vLLM"]
+    assert found["beside vLLM"] == {"lines": ["ours", "theirs"]}
+    ((python, script, model, *rest),) = run
+    assert (python, script, model) == (sys.executable, str(gpu_check.COMPARE), "/models/some")
+    assert f"vllm-gpu={vllm}" in rest and rest[-3:] == ["--", "--kernels", "triton"]

@@ -24,7 +24,7 @@ from headrace.engine.messages.frontend import (
 )
 from headrace.engine.messages.lifecycle import Drain, PeerDied
 from headrace.engine.messages.sampling import Sampling
-from headrace.engine.messages.tokens import PromptLogprobs, Refused, SchedulerUp, Submit, TokenEnd, TokenLogprobs, Tokens
+from headrace.engine.messages.tokens import Cancel, Moved, PromptLogprobs, Refused, SchedulerUp, Submit, TokenEnd, TokenLogprobs, Tokens
 from headrace.tokenizer_proc import tokenizer as module
 from headrace.tokenizer_proc.chat import ChatTemplates
 from tests.tokenizer_proc import samples
@@ -492,6 +492,18 @@ async def test_a_request_that_is_asked_for_again_starts_anew(stage):
     stage.emit(1, [19556, 905], end="length")
     (end,) = await stage.frontend.ended(1)
     assert stage.frontend.texts[1] == " world" and end.completion_tokens == 2
+
+
+async def test_a_request_that_has_moved_to_another_tokenizer_is_forgotten_without_a_word(stage):
+    for request, attempt in ((1, 0), (2, 2)):
+        stage.frontend.generate(request, attempt=attempt)
+        await stage.submitted(request)
+        stage.tell(Moved(request, 1))
+    stage.emit(2, [19556], end="length")
+    await stage.frontend.ended(2)
+    assert 1 not in stage.frontend.last_words
+    assert stage.forgotten()
+    assert not stage.scheduler.of(Cancel)
 
 
 # Long prompts

@@ -11,7 +11,7 @@ from headrace.engine.config import Config
 from headrace.engine.messages.lifecycle import FromChild, PeerDied, ToChild
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import FromWorker, ToWorker
-from headrace.engine.messages.tokens import FromScheduler, Refused, Submit, TokenEnd, Tokens, ToScheduler
+from headrace.engine.messages.tokens import FromScheduler, Moved, Refused, Submit, TokenEnd, Tokens, ToScheduler
 from headrace.engine.messages.wire import Message
 from headrace.engine.process import EngineSpec, Process
 from headrace.engine.scheduler.scheduler import Scheduler
@@ -56,6 +56,7 @@ class TokenizerPart(Recorder):
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, TokenEnd] = {}
         self.refused: dict[int, Refused] = {}
+        self.moved: list[Moved] = []
         self.accept_repeats = False
         """Tokens out of turn are passed over, as a tokenizer does after a restart, and a request may end a second time."""
 
@@ -74,6 +75,8 @@ class TokenizerPart(Recorder):
                     self.ends[end.request] = end
             case Refused():
                 self.refused[message.request] = message
+            case Moved():
+                self.moved.append(message)
 
     async def all_ended(self, requests) -> None:
         await self.until(lambda _: all(request in self.ends or request in self.refused for request in requests))
@@ -105,6 +108,12 @@ class Stage:
 
     def start_scheduler(self) -> Scheduler:
         return self._open("scheduler", ToScheduler | FromWorker, Scheduler)
+
+    def open_tokenizer(self, name: str) -> TokenizerPart:
+        """One more tokenizer; the setting `tokenizers` has to count it."""
+        part = TokenizerPart()
+        self._open(name, FromScheduler, lambda process: part)
+        return part
 
     def kill(self, name: str, by_itself: bool = False) -> None:
         """End an actor without a word, and let the others know as the supervisor would."""

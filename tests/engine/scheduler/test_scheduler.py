@@ -10,7 +10,7 @@ import pytest
 
 from headrace.engine.messages.lifecycle import Drain, Drained, Restart
 from headrace.engine.messages.sampling import Sampling
-from headrace.engine.messages.tokens import Cancel, SchedulerUp, Submit, Tokens
+from headrace.engine.messages.tokens import Cancel, Moved, SchedulerUp, Submit, Tokens
 from headrace.workers.fake import fake_token
 from tests.engine.scheduler.stage import DRAFTING, MODEL, Stage, expected
 
@@ -117,6 +117,25 @@ async def test_the_tokens_go_to_the_latest_heir_of_a_request_though_who_died_bef
     assert scheduler.progress().running == 0
 
 
+@pytest.mark.parametrize("stage", [{"tokenizers": 2}], indirect=True)
+async def test_whom_a_request_is_taken_from_is_told(stage):
+    """A frontend that hears late of a tokenizer's death has asked its successor already, and asks another one then."""
+    stage.start_worker()
+    scheduler = stage.start_scheduler()
+    late, heir = stage.tokenizer, stage.open_tokenizer("tokenizer-1")
+    sampling = Sampling(max_tokens=40, ignore_eos=True)
+    # Either may come first. In one burst, so that nothing has ended by then.
+    for request, order in ((1, (0, 1)), (2, (1, 0))):
+        for attempt in order:
+            scheduler.receive(Submit(request, f"tokenizer-{attempt}", [request, 2, 3], sampling, seed=request, attempt=attempt))
+    scheduler.settle()
+    await heir.all_ended([1, 2])
+    await late.until(lambda _: len(late.moved) == 2)
+    assert late.moved == [Moved(1, 1), Moved(2, 1)]
+    assert [heir.tokens[request] for request in (1, 2)] == [expected(request, 40) for request in (1, 2)]
+    assert not late.tokens and not heir.moved
+
+
 @DRAFTING
 async def test_a_request_that_comes_again_before_its_abort_is_known_starts_anew(stage):
     stage.start_worker()
@@ -204,6 +223,8 @@ async def test_a_worker_whose_ledger_differs_is_found_out_at_that_step(stage):
     restart = next(m for m in stage.supervisor.messages if isinstance(m, Restart))
     assert restart.names == ("worker-0",)
     assert "in step 6" in restart.why
+    # On their way when the other message left, and no more than these.
+    await stage.tokenizer.until(lambda _: len(stage.tokenizer.tokens[1]) >= 6)
     assert len(stage.tokenizer.tokens[1]) == 6
     stage.kill("worker-0")
     stage.start_worker()
