@@ -7,8 +7,14 @@
             print(chunk.choices[0].delta.content or "", end="")
 
 `Client` is synchronous and `AsyncClient` is its twin for asyncio; both work with any OpenAI-compatible server. Everything they raise is a
-`ClientError`. `DirectClient` speaks to a local engine over ZeroMQ, without HTTP. Importing this package loads neither torch nor aiohttp
-nor ZeroMQ.
+`ClientError`. `DirectClient` speaks to a local engine over ZeroMQ, without HTTP, and `RemoteClient` the same to one on another machine that
+listens for it (`headrace serve --listen tcp://HOST:PORT --keys DIR`):
+
+    client = await RemoteClient.connect("tcp://10.0.0.1:5700", "alice.key_secret", "server.key")
+    async for event in client.stream(TextPrompt("Why is the sky blue?"), Sampling(max_tokens=100)):
+        print(event.text if isinstance(event, Piece) else "", end="")
+
+Importing this package loads neither torch nor aiohttp nor ZeroMQ.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -31,6 +37,7 @@ from headrace.client.sync import Client, Stream
 
 if TYPE_CHECKING:
     from headrace.client.direct import DirectClient
+    from headrace.client.remote import RemoteClient
 
 __all__ = [
     "APIError",
@@ -43,6 +50,7 @@ __all__ = [
     "Disconnected",
     "NotFound",
     "RateLimited",
+    "RemoteClient",
     "ServerError",
     "Stream",
     "Timeout",
@@ -57,4 +65,8 @@ def __getattr__(name: str) -> Any:
         from headrace.client.direct import DirectClient
 
         return DirectClient
+    if name == "RemoteClient":
+        from headrace.client.remote import RemoteClient
+
+        return RemoteClient
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

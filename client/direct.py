@@ -7,7 +7,8 @@ requests are sent again with the tokens they have, and go on where they were.
     generate ─▶ Visit(tokenizer-i) ─▶ …
     sink.accepted, sink.text…, sink.end | sink.failed ◀─
 
-`stream` is the comfortable way to the same: one request as an asynchronous iterator.
+`stream` is the comfortable way to the same: one request as an asynchronous iterator. `headrace.client.remote` does all of it from another
+machine.
 """
 
 import asyncio
@@ -27,12 +28,14 @@ from headrace.engine.messages.frontend import (
     Accepted,
     CallFailed,
     Describe,
+    Desks,
     Detokenize,
     Detokenized,
     End,
     Failed,
     Generate,
     Kept,
+    ListDesks,
     ModelCard,
     Prompt,
     PromptScores,
@@ -53,6 +56,8 @@ FAREWELL_MS = 100
 """How long the last aborts may take to leave."""
 
 _UNHEARD = "the tokenizer does not answer: try again in a moment"
+
+Question = Tokenize | Detokenize | Describe | Recall | ListDesks
 
 
 class Sink(Protocol):
@@ -127,12 +132,12 @@ class _Queue:
         self.news.set()
 
 
-class _Call:
+class Call:
     """A question that has had no answer."""
 
     __slots__ = ("desk", "future", "message")
 
-    def __init__(self, desk: str, message: Tokenize | Detokenize | Describe | Recall, future: asyncio.Future) -> None:
+    def __init__(self, desk: str, message: Question, future: asyncio.Future) -> None:
         self.desk = desk
         self.message = message
         self.future = future
@@ -166,7 +171,7 @@ class DirectClient:
         self._load = dict.fromkeys(tokenizers, 0)
         """Live requests by tokenizer."""
         self._live: dict[int, _Live] = {}
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._next_id = secrets.randbits(40) << 24
         """Ids of this client: 40 random bits, then a count."""
 
@@ -183,7 +188,7 @@ class DirectClient:
 
     def generate(self, generate: Generate, sinks: Sequence[Sink]) -> None:
         """Send a request; `sinks` has one entry for each id in `generate.requests`. They may hear of a failure before this returns."""
-        desk = min(self._load, key=self._load.__getitem__)
+        desk = self._least_loaded()
         for place, (request, sink) in enumerate(zip(generate.requests, sinks, strict=True)):
             live = self._live[request] = _Live(sink, generate, place, desk)
             if generate.emitted:
@@ -232,7 +237,7 @@ class DirectClient:
         """Text of token ids. Raises `CallError`."""
         return await self._ask(Detokenize(self._new_id(), ids))
 
-    async def recall(self, answer: str, tenant: str) -> list[Kept]:
+    async def recall(self, answer: str, tenant: str = "") -> list[Kept]:
         """The requests of an answer that lost its reader, as far as they came. They end wherever they still run.
 
         Empty when it is not known. What is found can be given to `generate` with new ids, and goes on after the tokens in `emitted`.
@@ -246,18 +251,21 @@ class DirectClient:
 
     def tokenizer_died(self, name: str) -> None:
         """Send what a dead tokenizer owes again, requests with the tokens they have. Its successor takes what finds no other."""
-        # What the dead one said and nobody has read yet will be said again; what waits for it is not meant for its successor.
-        self._visits[name].close()
+        self._send_again(name, [desk for desk in self._load if desk != name] or [name])
+
+    def _send_again(self, name: str, desks: Sequence[str]) -> None:
+        """Hang up on the desk `name`, and send what it owes to `desks`."""
+        # What it said and nobody has read yet will be said again; what waits for it is not meant for who comes next.
+        self._hang_up(name)
         self._visits[name] = self._visit(name)
-        others = [desk for desk in self._load if desk != name] or [name]
         for call in self._calls.values():
             if call.desk == name:
-                call.desk = min(others, key=self._load.__getitem__)
+                call.desk = min(desks, key=self._load.__getitem__)
                 self._send_call(call)
         lost = [(request, live) for request, live in self._live.items() if live.desk == name]
         for request, live in lost:
             generate, place = live.generate, live.place
-            desk = min(others, key=self._load.__getitem__)
+            desk = min(desks, key=self._load.__getitem__)
             self._load[name] -= 1
             self._load[desk] += 1
             live.desk = desk
@@ -279,6 +287,12 @@ class DirectClient:
             visit.close(linger_ms=FAREWELL_MS)
         self._context.destroy()
 
+    def _hang_up(self, name: str) -> None:
+        self._visits[name].close()
+
+    def _least_loaded(self) -> str:
+        return min(self._load, key=self._load.__getitem__)
+
     def _visit(self, name: str) -> Visit:
         visit = Visit(self._context, endpoint(self._run_dir, desk_name(name)), self._identity, ToFrontend)
         visit.open(self._receive)
@@ -293,16 +307,16 @@ class DirectClient:
                 if live := self._forget(request):
                     live.sink.failed(Failed(request, 503, "overloaded", _UNHEARD, retry_after=1.0))
 
-    async def _ask(self, message: Tokenize | Detokenize | Describe | Recall, desk: str | None = None) -> Any:
-        desk = desk or min(self._load, key=self._load.__getitem__)
-        call = self._calls[message.call] = _Call(desk, message, asyncio.get_running_loop().create_future())
+    async def _ask(self, message: Question, desk: str | None = None) -> Any:
+        desk = desk or self._least_loaded()
+        call = self._calls[message.call] = Call(desk, message, asyncio.get_running_loop().create_future())
         self._send_call(call)
         try:
             return await call.future
         finally:
             del self._calls[message.call]
 
-    def _send_call(self, call: _Call) -> None:
+    def _send_call(self, call: Call) -> None:
         if not self._visits[call.desk].send(call.message) and not call.future.done():
             call.future.set_exception(CallError(CallFailed(call.message.call, 503, "overloaded", _UNHEARD)))
 
@@ -325,7 +339,7 @@ class DirectClient:
             case Failed():
                 if live := self._forget(message.request):
                     live.sink.failed(message)
-            case Tokenized() | Detokenized() | ModelCard() | Recalled():
+            case Tokenized() | Detokenized() | ModelCard() | Recalled() | Desks():
                 if (call := self._calls.get(message.call)) and not call.future.done():
                     call.future.set_result(message)
             case CallFailed():

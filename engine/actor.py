@@ -8,7 +8,7 @@ An exception in either ends the process: its supervisor sees the death and decid
     actor ── send(address, message) ──▶ PUSH ──▶ the mailbox of that name
 
 Frontends come and go without being children of the supervisor, so they meet a tokenizer at a `Desk` (ROUTER), which knows them by identity
-and tells when one is gone; `Visit` (DEALER) is the other end of it.
+and tells when one is gone; `Visit` (DEALER) is the other end of it. Between machines both are secured by `engine.curve`.
 
 ZeroMQ sockets are read by their file descriptor, until empty at each wake-up: one callback for a burst of messages, not a future for each.
 """
@@ -16,7 +16,7 @@ ZeroMQ sockets are read by their file descriptor, until empty at each wake-up: o
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import zmq
 
@@ -40,6 +40,9 @@ CRASH = "headrace_crash"
 """Marks what an event loop's exception handler is told when an actor failed."""
 
 
+Secure = Callable[[zmq.Socket], None]
+
+
 class Actor(Protocol):
     def receive(self, message: Message) -> None:
         """Handle one message."""
@@ -55,7 +58,7 @@ def endpoint(run_dir: Path, name: str) -> str:
     return f"ipc://{run_dir}/{name}"
 
 
-def _open(context: zmq.Context, kind: int) -> zmq.Socket:
+def open_socket(context: zmq.Context, kind: int) -> zmq.Socket:
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -64,7 +67,7 @@ def _open(context: zmq.Context, kind: int) -> zmq.Socket:
     return socket
 
 
-class _Inbox:
+class Inbox:
     """Turns what a socket brings into messages of `union`. Whatever is none is counted in `rejected` and dropped."""
 
     def __init__(self, union: object, frames: int, rejected: Counter | None) -> None:
@@ -83,11 +86,15 @@ class _Inbox:
         return None
 
 
-class _Reader:
+class Reader:
     """Calls `on_frames` for every message of a socket and `on_empty` after each burst, from the event loop."""
 
-    def __init__(self, socket: zmq.Socket, on_frames: Callable[[list[bytes]], None], on_empty: Callable[[], None]) -> None:
+    def __init__(
+        self, socket: zmq.Socket, on_frames: Callable[[list[Any]], None], on_empty: Callable[[], None] = lambda: None, copy: bool = True
+    ) -> None:
+        """Frames come as bytes, or with `copy` False as `zmq.Frame`s, which know who sent them."""
         self._socket = socket
+        self._copy = copy
         self._on_frames = on_frames
         self._on_empty = on_empty
         self._loop = asyncio.get_running_loop()
@@ -128,7 +135,7 @@ class _Reader:
                 self._loop.call_soon(self._drain)
                 break
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, self._copy)
             except zmq.Again:
                 continue
             self._on_frames(frames)
@@ -141,10 +148,10 @@ class Mailbox:
     """The inbox of an actor: a PULL socket bound under the actor's name. What is no message of `union` is counted and dropped."""
 
     def __init__(self, context: zmq.Context, address: str, union: object, rejected: Counter | None = None) -> None:
-        self._inbox = _Inbox(union, 1, rejected)
-        self._socket = _open(context, zmq.PULL)
+        self._inbox = Inbox(union, 1, rejected)
+        self._socket = open_socket(context, zmq.PULL)
         self._socket.bind(address)
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
 
     @property
     def rejected(self) -> Counter:
@@ -158,7 +165,7 @@ class Mailbox:
             if message is not None:
                 actor.receive(message)
 
-        self._reader = _Reader(self._socket, deliver, actor.settle)
+        self._reader = Reader(self._socket, deliver, actor.settle)
 
     def close(self) -> None:
         if self._reader:
@@ -171,7 +178,7 @@ class Outbox:
     """Messages to one peer's mailbox. Connects at once or as soon as the peer is there; what is sent before waits."""
 
     def __init__(self, context: zmq.Context, address: str) -> None:
-        self._socket = _open(context, zmq.PUSH)
+        self._socket = open_socket(context, zmq.PUSH)
         # A peer that died and returns binds the same address within moments; reconnect about as fast.
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
         self._socket.connect(address)
@@ -214,16 +221,29 @@ class Post:
 
 
 class Desk:
-    """Where frontends are received: a ROUTER that knows each by its identity."""
+    """Where frontends are received: a ROUTER that knows each by its identity. `secure` gets the socket before it is bound."""
 
-    def __init__(self, context: zmq.Context, address: str, union: object, rejected: Counter | None = None) -> None:
-        self._inbox = _Inbox(union, 2, rejected)
-        self._socket = _open(context, zmq.ROUTER)
+    def __init__(
+        self, context: zmq.Context, address: str, union: object, rejected: Counter | None = None, secure: Secure | None = None
+    ) -> None:
+        self._inbox = Inbox(union, 2, rejected)
+        self._socket = open_socket(context, zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A frontend that reconnects under its old identity takes over from its own dead connection.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._socket.bind(address)
-        self._reader: _Reader | None = None
+        if secure:
+            secure(self._socket)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError:
+            self._socket.close()
+            raise
+        self._reader: Reader | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the port that it got."""
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def open(self, receive: Callable[[bytes, Message], None], settle: Callable[[], None]) -> None:
         """Deliver (identity of the frontend, message)."""
@@ -233,7 +253,7 @@ class Desk:
             if message is not None:
                 receive(frames[0], message)
 
-        self._reader = _Reader(self._socket, deliver, settle)
+        self._reader = Reader(self._socket, deliver, settle)
 
     def send(self, identity: bytes, message: Message) -> bool:
         """False when the frontend is gone or does not read."""
@@ -253,15 +273,17 @@ class Desk:
 
 
 class Visit:
-    """A frontend's connection to one desk: a DEALER."""
+    """A frontend's connection to one desk: a DEALER. `secure` gets the socket before it is connected."""
 
-    def __init__(self, context: zmq.Context, address: str, identity: bytes, union: object) -> None:
-        self._inbox = _Inbox(union, 1, None)
-        self._socket = _open(context, zmq.DEALER)
+    def __init__(self, context: zmq.Context, address: str, identity: bytes, union: object, secure: Secure | None = None) -> None:
+        self._inbox = Inbox(union, 1, None)
+        self._socket = open_socket(context, zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        if secure:
+            secure(self._socket)
         self._socket.connect(address)
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
 
     def open(self, receive: Callable[[Message], None], settle: Callable[[], None] = lambda: None) -> None:
         """Deliver what the desk sends."""
@@ -271,7 +293,7 @@ class Visit:
             if message is not None:
                 receive(message)
 
-        self._reader = _Reader(self._socket, deliver, settle)
+        self._reader = Reader(self._socket, deliver, settle)
 
     def send(self, message: Message) -> bool:
         """False when the desk is so far behind that the queue is full."""

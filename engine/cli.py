@@ -1,4 +1,4 @@
-"""The command line: `headrace serve | chat | bench | doctor`.
+"""The command line: `headrace serve | chat | bench | keys | doctor`.
 
 Each command imports what it runs only when it is chosen, so that `--version` and `--help` answer at once. What a user can mend is
 one line on stderr and exit status 1; a wrong command line is one line and exit status 2.
@@ -24,6 +24,7 @@ Headrace serves language models over the OpenAI API, on a plain CPU too.
   headrace chat             talk to a running server from the terminal
   headrace bench            load any OpenAI-compatible server and report its latencies and throughput
   headrace bench kernels    time every op at a model's shapes, beside what this machine can do at most
+  headrace keys DIR NAME    make the keys with which NAME may connect from another machine, without HTTP
   headrace doctor           what this machine has, which kernels run here, and what would be slow
 
 `headrace COMMAND --help` shows the options of a command."""
@@ -137,6 +138,14 @@ def bench_kernels(arguments: Sequence[str]) -> int:
     return kernel_bench.run(settings.load(flags, os.environ, vars(chosen).get("config")), chosen)
 
 
+def keys(arguments: Sequence[str]) -> int:
+    from headrace.engine import keys
+
+    parser = Parser(prog="headrace keys", description=keys.DESCRIPTION)
+    keys.add_arguments(parser)
+    return keys.run(parser.parse(arguments))
+
+
 def doctor(arguments: Sequence[str]) -> int:
     from headrace.engine import doctor
 
@@ -145,7 +154,7 @@ def doctor(arguments: Sequence[str]) -> int:
     return doctor.run(parser.parse(arguments))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "bench": bench, "doctor": doctor}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "bench": bench, "keys": keys, "doctor": doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

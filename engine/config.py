@@ -37,6 +37,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     admin_key: Annotated[
         str | None, _about("API key for /admin/drain, /admin/resume and /admin/reload; without it nobody may ask for these", "KEY")
     ] = None
+    listen: Annotated[
+        str | None,
+        _about(
+            "where direct clients on other machines are received, encrypted, if their keys are in --keys; more tokenizers take the ports "
+            "that follow, and port 0 takes free ones",
+            "tcp://HOST:PORT",
+        ),
+    ] = None
+    keys: Annotated[str | None, _about("folder of the keys for --listen, as `headrace keys` makes it", "DIR")] = None
     threads: Annotated[Count | None, _about("compute threads of a worker; one a physical core without it")] = None
     kernels: Annotated[
         Literal["auto", "reference", "cpu", "triton"],

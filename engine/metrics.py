@@ -18,6 +18,9 @@ REFUSED_HELP = "Requests refused, by cause."
 REJECTED_FRAMES = "headrace_rejected_frames_total"
 REJECTED_FRAMES_HELP = "Messages on a socket of the process that were dropped, being none that it understands."
 
+REJECTED_CONNECTIONS = "headrace_rejected_connections_total"
+REJECTED_CONNECTIONS_HELP = "Connections from other machines that came to nothing: no key, none that may connect, or another protocol."
+
 
 class Counter:
     """A number that only grows."""

@@ -19,6 +19,7 @@ from msgspec import inspect
 
 from headrace.engine.config import Config
 from headrace.engine.errors import UserError
+from headrace.engine.names import LISTEN, port_of
 from headrace.engine.sizes import parse_size
 
 PREFIX = "HEADRACE_"
@@ -59,7 +60,8 @@ class Setting(msgspec.Struct, frozen=True):
                 noun = "a power of two"
             # Bounds that only keep a number representable are said when they are hit, not before.
             return noun + (f" from {kind.ge} to {kind.le}" if kind.le is not None and kind.le < 1e9 else f" of at least {kind.ge}")
-        return 'a size such as "2GiB"' if self.name == "kv_memory" else "text"
+        shapes = {"kv_memory": 'a size such as "2GiB"', "listen": "an address such as tcp://10.0.0.1:5700"}
+        return shapes.get(self.name, "text")
 
 
 def _settings() -> dict[str, Setting]:
@@ -113,7 +115,18 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], path: str | Path 
         setting = SETTINGS[name]
         where = setting.flag if isinstance(value, bool) else f"{setting.flag} {_shown(setting, value)}"
         values[name] = value if isinstance(value, bool) else _from_text(setting, value, where)
-    return Config(**values)
+    return _fitting(Config(**values))
+
+
+def _fitting(config: Config) -> Config:
+    """The same, or UserError where settings do not go together."""
+    if config.listen and not config.keys:
+        raise UserError(f"listen={config.listen} needs keys: make some with `headrace keys DIR NAME`, and name the folder with --keys DIR")
+    if config.keys and not config.listen:
+        raise UserError(f"keys={config.keys} is of no use without listen: say where, with --listen tcp://HOST:PORT")
+    if config.listen and port_of(config.listen) + config.tokenizers - 1 > 65535:
+        raise UserError(f"listen={config.listen} leaves no ports for {config.tokenizers} tokenizers: name a lower one")
+    return config
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
@@ -189,6 +202,9 @@ def _checked(setting: Setting, value: Any, where: str) -> Any:
             raise wrong
     elif type(value) is not str or not value.strip():
         raise wrong
+    elif setting.name == "listen":
+        if not LISTEN.fullmatch(value) or port_of(value) > 65535:
+            raise wrong
     elif setting.name == "kv_memory":
         try:
             parse_size(value)

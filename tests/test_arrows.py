@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("client", "engine", "kernels", "server", "tokenizer_proc", "workers")
 
-PROCESS = ("messages", "actor", "errors", "metrics", "process", "config", "names", "sizes")
+PROCESS = ("messages", "actor", "curve", "keys", "errors", "metrics", "process", "config", "names", "sizes")
 """The parts of engine that every process is built on."""
 ALLOWED = {
     "client": {f"engine.{part}" for part in PROCESS},

@@ -4,12 +4,16 @@ token ─▶ TextStream ─▶ StopFinder ─▶ text of the next `Text`
                            └─ match: closed, later tokens are dropped
 """
 
+from headrace.engine.curve import Guest
 from headrace.engine.messages.frontend import End, Generate, PromptScores, TokenScore
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.tokens import PromptLogprobs, Submit, TokenEnd, TokenLogprobs
 from headrace.tokenizer_proc.spelling import Spelling
 from headrace.tokenizer_proc.stops import StopFinder
 from headrace.tokenizer_proc.vocabulary import Tokenizer
+
+Frontend = bytes | Guest
+"""Who asked: the identity of one on this machine, or a client on another."""
 
 
 class Live:
@@ -39,7 +43,7 @@ class Live:
     )
 
     def __init__(
-        self, frontend: bytes, generate: Generate, place: int, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer, reply_to: str
+        self, frontend: Frontend, generate: Generate, place: int, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer, reply_to: str
     ) -> None:
         """The request `generate.requests[place]`."""
         self.frontend = frontend

@@ -16,6 +16,7 @@ from headrace.tokenizer_proc.renderer import Renderer
 from headrace.tokenizer_proc.vocabulary import Tokenizer
 
 MOST_LOGPROBS = 128
+MOST_CONTINUATIONS = 1024
 RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (0, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1),
@@ -64,6 +65,8 @@ def fit(tokenizer: Tokenizer, generate: Generate, prompt_tokens: int) -> Samplin
     count = len(generate.requests)
     if len(generate.seeds) != count or len(set(generate.requests)) != count or len(generate.emitted) not in (0, count):
         raise Rejection(f"{count} requests need as many different ids and seeds, and emitted tokens for all or none", "n")
+    if count > MOST_CONTINUATIONS:
+        raise Rejection(f"{count} continuations of one prompt are too many: ask for at most {MOST_CONTINUATIONS} at once", "n")
     _check_numbers(generate)
     if prompt_tokens == 0:
         raise Rejection("the prompt has no tokens: give at least one", param)

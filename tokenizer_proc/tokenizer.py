@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.engine.actor import Desk
+from headrace.engine.curve import Guest
 from headrace.engine.messages.frontend import (
     Abort,
     Accepted,
@@ -44,7 +45,8 @@ from headrace.engine.messages.wire import Message
 from headrace.engine.names import SCHEDULER, desk_name
 from headrace.engine.process import Process, Role
 from headrace.tokenizer_proc.chat import ChatTemplates
-from headrace.tokenizer_proc.live import Live
+from headrace.tokenizer_proc.guests import Guests, receive_guests
+from headrace.tokenizer_proc.live import Frontend, Live
 from headrace.tokenizer_proc.prompts import encode, fit, param_of, size_of
 from headrace.tokenizer_proc.rejection import Rejection
 from headrace.tokenizer_proc.renderer import Renderer
@@ -68,16 +70,16 @@ class Job:
 
     __slots__ = ("frontend", "generate", "wanted")
 
-    def __init__(self, frontend: bytes, generate: Generate) -> None:
+    def __init__(self, frontend: Frontend, generate: Generate) -> None:
         self.frontend = frontend
         self.generate = generate
         self.wanted = set(generate.requests)
 
 
 class TokenizerActor:
-    """The actor. Frontends reach it by its desk, everyone else by its mailbox."""
+    """The actor. Frontends reach it by its desk, those on other machines as `guests`, everyone else by its mailbox."""
 
-    def __init__(self, process: Process, tokenizer: Tokenizer, templates: ChatTemplates | Renderer) -> None:
+    def __init__(self, process: Process, tokenizer: Tokenizer, templates: ChatTemplates | Renderer, guests: Guests | None = None) -> None:
         self._process = process
         self._tokenizer = tokenizer
         self._templates = templates
@@ -91,7 +93,7 @@ class TokenizerActor:
         """Requests whose tokens come though nobody here asked for them, and since when (monotonic seconds)."""
         self._touched: list[Live] = []
         """Requests with something for the next `Text`."""
-        self._orphans: list[tuple[bytes, End]] = []
+        self._orphans: list[tuple[Frontend, End]] = []
         """Last words on requests that were never submitted."""
         self._shelf = Shelf(process.run_dir)
         self._threads = ThreadPoolExecutor(2, "encode")
@@ -99,9 +101,14 @@ class TokenizerActor:
         self._meters = Meters(process)
         self._desk = Desk(process.context, process.address(desk_name(process.name)), ToTokenizer, process.rejected_frames)
         self._desk.open(self._receive_frontend, self.settle)
+        self._guests = guests
+        if guests:
+            guests.open(self._receive_frontend, self.settle)
 
     async def close(self) -> None:
         self._desk.close()
+        if self._guests:
+            self._guests.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def receive(self, message: Message) -> None:
@@ -124,7 +131,7 @@ class TokenizerActor:
             case PeerDied(name=name, incarnation=incarnation) if name == SCHEDULER and incarnation >= self._scheduler:
                 self._process.post.forget(SCHEDULER)
 
-    def _receive_frontend(self, frontend: bytes, message: Message) -> None:
+    def _receive_frontend(self, frontend: Frontend, message: Message) -> None:
         match message:
             case Generate():
                 self._generate(frontend, message)
@@ -142,7 +149,7 @@ class TokenizerActor:
     def settle(self) -> None:
         """Send each frontend what the burst gave its requests."""
         if self._touched or self._orphans:
-            texts: dict[bytes, Text] = {}
+            texts: dict[Frontend, Text] = {}
             for live in self._touched:
                 text = texts.get(live.frontend)
                 if text is None:
@@ -157,10 +164,15 @@ class TokenizerActor:
 
     # Requests come
 
-    def _generate(self, frontend: bytes, generate: Generate) -> None:
+    def _generate(self, frontend: Frontend, generate: Generate) -> None:
         job = Job(frontend, generate)
-        for request in job.wanted:
-            self._forget(request)
+        for request in set(generate.requests):
+            known = self._live.get(request) or self._jobs.get(request)
+            if known is not None and known.generate.tenant != generate.tenant:
+                job.wanted.discard(request)
+                self._tell(frontend, Failed(request, 409, "id_in_use", "the request's id is another's: draw ids at random"))
+            else:
+                self._forget(request)
         self._jobs.update(dict.fromkeys(job.wanted, job))
 
         def work() -> tuple[list[int], str | None]:
@@ -345,7 +357,7 @@ class TokenizerActor:
 
     # Requests go
 
-    def _abort(self, frontend: bytes, requests: tuple[int, ...]) -> None:
+    def _abort(self, frontend: Frontend, requests: tuple[int, ...]) -> None:
         cancelled = []
         for request in requests:
             job = self._jobs.get(request)
@@ -378,7 +390,7 @@ class TokenizerActor:
         job.wanted.discard(request)
         del self._jobs[request]
 
-    def _lose(self, frontend: bytes) -> None:
+    def _lose(self, frontend: Frontend) -> None:
         """A frontend is gone: nobody waits for its requests. Its successor may ask for them."""
         for live in self._live.values():
             if live.frontend == frontend:
@@ -386,10 +398,11 @@ class TokenizerActor:
         gone = [live.request for live in self._live.values() if live.frontend == frontend]
         for request in gone + [request for request, job in self._jobs.items() if job.frontend == frontend]:
             self._forget(request)
-        if gone:
+        # A client on another machine may have lost no more than its connection: it has as long as one whose tokenizer died to claim them.
+        if gone and not isinstance(frontend, Guest):
             self._process.send(SCHEDULER, Cancel(tuple(gone), "abort"))
 
-    def _recall(self, frontend: bytes, recall: Recall) -> None:
+    def _recall(self, frontend: Frontend, recall: Recall) -> None:
         """Give what is known of an answer. What still runs of it ends: its reader is gone, and who asks will start it anew from there."""
         tenant, answer = recall.tenant, recall.answer
         running = [live for live in self._live.values() if live.generate.answer == answer and live.generate.tenant == tenant]
@@ -401,29 +414,33 @@ class TokenizerActor:
                 self._fail(live, 409, "taken_over", "the answer was asked for again by its id, and goes on there")
         self._tell(frontend, Recalled(recall.call, kept))
 
-    def _tell(self, frontend: bytes, message: Message) -> bool:
-        if self._desk.send(frontend, message):
+    def _tell(self, frontend: Frontend, message: Message) -> bool:
+        if isinstance(frontend, Guest):
+            sent = self._guests is not None and self._guests.send(frontend, message)
+        else:
+            sent = self._desk.send(frontend, message)
+        if sent:
             return True
         self._lose(frontend)
         return False
 
     # Calls
 
-    def _tokenize(self, frontend: bytes, call: Tokenize) -> None:
+    def _tokenize(self, frontend: Frontend, call: Tokenize) -> None:
         def work() -> Message:
             ids, _ = encode(self._tokenizer, self._templates, call.prompt, call.add_special_tokens)
             return Tokenized(call.call, ids, self._tokenizer.pieces(ids) if call.return_token_strs else None, self._tokenizer.context)
 
         self._run(call.prompt, work, lambda outcome: self._answer(frontend, call.call, outcome))
 
-    def _detokenize(self, frontend: bytes, call: Detokenize) -> None:
+    def _detokenize(self, frontend: Frontend, call: Detokenize) -> None:
         def work() -> Message:
             self._tokenizer.check(call.ids, "tokens")
             return Detokenized(call.call, self._tokenizer.decode(call.ids))
 
         self._answer(frontend, call.call, self._attempt(work))
 
-    def _answer(self, frontend: bytes, call: int, outcome: Message | Rejection) -> None:
+    def _answer(self, frontend: Frontend, call: int, outcome: Message | Rejection) -> None:
         if isinstance(outcome, Rejection):
             outcome = CallFailed(call, outcome.status, outcome.code, outcome.message, outcome.param)
         self._tell(frontend, outcome)
@@ -477,7 +494,7 @@ async def build(process: Process) -> TokenizerActor:
     if templates.fault is not None:
         log.warning("%s", templates.fault)
     process.detail = f"{tokenizer.backend.get_vocab_size()} tokens"
-    return TokenizerActor(process, tokenizer, templates)
+    return TokenizerActor(process, tokenizer, templates, await receive_guests(process))
 
 
 ROLE = Role(FromScheduler, build)

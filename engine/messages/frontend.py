@@ -5,6 +5,7 @@ A frontend connects a DEALER to a tokenizer's ROUTER. Requests go in as text, co
     frontend ── Generate, Abort ──────────────▶ tokenizer
     frontend ◀─ Accepted, Text…, (End | Failed) ─ tokenizer
     frontend ── Recall ─▶ tokenizer ── Recalled ─▶ frontend
+    on another machine ── ListDesks ─▶ tokenizer ── Desks ─▶
 
 A request id is a 64-bit number, unique over all frontends and restarts. Every id in a `Generate` is answered by exactly one
 terminal: an `End` inside a `Text`, or a `Failed`.
@@ -58,10 +59,11 @@ class Generate(Message):
     want_prompt: bool = False
     """Ask for the prompt's text and ids in `Accepted`, as `echo` needs them."""
     tenant: str = ""
-    """Whose it is; tenants get equal shares."""
+    """Whose it is; tenants get equal shares. Of a client on another machine its key tells, whatever stands here."""
     priority: int = 0
     deadline: float | None = None
-    """When it is to end whether it is done or not, in seconds of this machine's monotonic clock."""
+    """When it is to end whether it is done or not, in seconds of this machine's monotonic clock. From another machine, whose clock is
+    another: in seconds from now."""
     emitted: tuple[tuple[int, ...], ...] = ()
     """When a request is submitted again after a death: for each id, the tokens already delivered."""
     answer: str = ""
@@ -109,6 +111,23 @@ class Describe(Message):
     call: int
 
 
+class ListDesks(Message):
+    """A client on another machine asks where all tokenizers receive such."""
+
+    call: int
+
+
+class Desks(Message):
+    """The answer to `ListDesks`: the desks' ports, all on one address, which the client knows."""
+
+    call: int
+    ports: tuple[int, ...]
+
+
+class Dismissed(Message):
+    """To a client on another machine: its key is no longer among those that may connect, and what it sends is not read."""
+
+
 class ModelCard(Message):
     """What a frontend must know of the served model."""
 
@@ -151,7 +170,7 @@ class Recalled(Message):
 
 
 class CallFailed(Message):
-    """The answer to a `Tokenize`, `Detokenize` or `Describe` that cannot be served; same fields as `Failed`."""
+    """The answer to a question that cannot be served; same fields as `Failed`."""
 
     call: int
     status: int
@@ -244,3 +263,6 @@ class Failed(Message):
 
 ToTokenizer = Generate | Abort | Recall | Tokenize | Detokenize | Describe
 ToFrontend = Accepted | Text | PromptScores | Failed | Recalled | Tokenized | Detokenized | ModelCard | CallFailed
+FromGuest = ToTokenizer | ListDesks
+ToGuest = ToFrontend | Desks | Dismissed
+"""The same for clients on other machines."""

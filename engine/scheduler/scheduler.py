@@ -170,7 +170,10 @@ class Scheduler:
             self._process.rejected_frames.add()
             return
         if known := self._journal.get(submit.request):
-            self._tell_again(known, submit)
+            if known.submit.tenant == submit.tenant:
+                self._tell_again(known, submit)
+            else:
+                self._refuse(submit, 409, "id_in_use", "the request's id is another's: draw ids at random")
             return
         if self._draining:
             self._refuse(submit, 503, "draining", "the engine is draining and takes no new requests: try again in a moment", 5.0)

@@ -99,6 +99,8 @@ def samples() -> list[Message]:
         frontend.Tokenize(FAR, chat),
         frontend.Detokenize(FAR, (1, 1 << 40)),
         frontend.Describe(FAR),
+        frontend.ListDesks(FAR),
+        frontend.Dismissed(),
         frontend.Text([FAR], ["x"], [1], [], [], [5]),
     ]
 
@@ -145,10 +147,11 @@ def is_order(message: Message) -> bool:
 class Frames:
     """An endless row of hostile messages for one socket; `rejected` counts those that it can only drop."""
 
-    def __init__(self, name: str, seed: int) -> None:
+    def __init__(self, name: str, seed: int, union: object = None) -> None:
+        """`union`: what the socket takes, if that is not what SOCKETS says."""
         self.rejected = 0
         self._draw = random.Random(f"{name} {seed}")
-        self._codec = Codec(SOCKETS[name])
+        self._codec = Codec(union or SOCKETS[name])
         self._samples = [encode(message) for message in samples()]
         self._desk = name.endswith(".desk")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import headrace.server
+from tests.guests import Keys, Listening
 from tests.serving import Served
 
 DASHBOARD = json.loads((Path(headrace.server.__file__).parent / "grafana.json").read_text())
@@ -16,9 +17,10 @@ NAME = re.compile(r"headrace_[a-z_]+")
 
 
 @pytest.fixture(scope="module")
-def eventful():
+def eventful(tmp_path_factory):
     """An engine to which everything has happened that is counted."""
-    with Served("tests.e2e.paced", admin_key="operator", request_timeout=60, max_waiting=1, max_running=4) as served:
+    keys = Keys(tmp_path_factory.mktemp("keys"))
+    with Listening(keys, "tests.e2e.paced", admin_key="operator", request_timeout=60, max_waiting=1, max_running=4) as served:
         body = {"prompt": "one two three", "max_tokens": 4}
         for streamed in (False, True):
             served.ask("/v1/completions", body | {"stream": streamed})

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 import zmq
 
-from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Visit, _Reader, endpoint
+from headrace.engine.actor import BURST, Desk, Mailbox, Outbox, Reader, Visit, endpoint
 from headrace.engine.messages.frontend import Abort, CallFailed, Describe, Detokenized, Text, ToFrontend, ToTokenizer
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.steps import Begin, Hello, Plan, StepResult, StepTimes, ToWorker, WorkerUp
@@ -152,7 +152,7 @@ class TakenBack:
     def getsockopt(self, option: int) -> int:
         return self._descriptor if option == zmq.FD else int(next(self._said))
 
-    def recv_multipart(self, flags: int) -> list[bytes]:
+    def recv_multipart(self, flags: int, copy: bool) -> list[bytes]:
         frames = next(self._frames)
         if frames is None:
             raise zmq.Again
@@ -162,7 +162,7 @@ class TakenBack:
 async def test_a_message_that_is_taken_back_stops_nobody():
     reading, writing = os.pipe()
     received, settled = [], asyncio.Event()
-    _Reader(TakenBack(reading), received.append, settled.set)
+    Reader(TakenBack(reading), received.append, settled.set)
     await asyncio.wait_for(settled.wait(), 10)
     assert received == [[b"later"]]
     asyncio.get_running_loop().remove_reader(reading)

@@ -74,7 +74,7 @@ def test_every_command_has_its_own_help(capsys, command):
     ("arguments", "says"),
     [
         (["serv"], "'serv' is no command: did you mean serve?"),
-        (["xyz"], "choose one of serve, chat, bench, doctor"),
+        (["xyz"], "choose one of serve, chat, bench, keys, doctor"),
         (["--port", "1"], "--port is no option"),
         (["serve", "--prot", "1"], "--prot is no option: did you mean --port?"),
         (["serve", "--port"], "--port: expected one argument"),

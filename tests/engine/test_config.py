@@ -63,7 +63,7 @@ def test_every_setting_has_a_flag_a_variable_and_a_key():
 def test_every_setting_can_be_given_as_text(source):
     values = {
         "model": "m.gguf", "revision": "main", "served_model_name": "x", "host": "::1", "port": "0", "api_key": "k", "threads": "3",
-        "admin_key": "a",
+        "admin_key": "a", "listen": "tcp://*:5700", "keys": "k",
         "kernels": "reference", "activations": "f32", "max_context": "4096", "page_size": "32", "kv_memory": "2GiB",
         "kv_dtype": "f32", "prefix_cache": "no", "draft": "ngram",
         "max_running": "8", "max_step_tokens": "64", "max_waiting": "1", "tokenizers": "2", "tensor_parallel": "1", "drain_timeout": "0.5",
@@ -72,7 +72,7 @@ def test_every_setting_can_be_given_as_text(source):
     }  # fmt: skip
     expected = Config(
         model="m.gguf", revision="main", served_model_name="x", host="::1", port=0, api_key="k", threads=3, kernels="reference",
-        admin_key="a",
+        admin_key="a", listen="tcp://*:5700", keys="k",
         activations="f32", max_context=4096, page_size=32, kv_memory="2GiB", kv_dtype="f32",
         prefix_cache=False, draft="ngram", max_running=8, max_step_tokens=64,
         max_waiting=1, tokenizers=2, tensor_parallel=1, drain_timeout=0.5, log_level="debug",
@@ -117,6 +117,16 @@ def test_an_empty_variable_counts_as_absent():
         ({}, {"HEADRACE_PREFIX_CACHE": "maybe"}, "HEADRACE_PREFIX_CACHE=maybe: expected true or false"),
         ({"host": " "}, {}, "--host  : expected text"),
         ({"model": ""}, {}, "MODEL : expected text"),
+        ({"listen": "0.0.0.0:5700"}, {}, "--listen 0.0.0.0:5700: expected an address such as tcp://10.0.0.1:5700"),
+        ({"listen": "tcp://a:65536"}, {}, "--listen tcp://a:65536: expected an address"),
+        ({"listen": "ipc:///tmp/x"}, {}, "--listen ipc:///tmp/x: expected an address"),
+        (
+            {"listen": "tcp://a:1"},
+            {},
+            "listen=tcp://a:1 needs keys: make some with `headrace keys DIR NAME`",
+        ),
+        ({"keys": "k"}, {}, "keys=k is of no use without listen"),
+        ({"listen": "tcp://a:65535", "keys": "k", "tokenizers": "2"}, {}, "leaves no ports for 2 tokenizers"),
         ({}, {"HEADRACE_PROT": "1"}, "HEADRACE_PROT is no setting: did you mean HEADRACE_PORT?"),
     ],
 )

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from headrace.engine.messages.frontend import Failed, TokenPrompt
-from headrace.tokenizer_proc.prompts import RANGES
+from headrace.engine.messages.tokens import Submit
+from headrace.tokenizer_proc.prompts import MOST_CONTINUATIONS, RANGES
 from tests.tokenizer_proc.stage import Stage
 
 
@@ -50,4 +51,23 @@ async def test_an_id_that_stands_twice_in_one_request_is_refused_and_leaves_noth
     stage.frontend.generate(1, 1)
     (failed,) = await stage.frontend.ended(1)
     assert isinstance(failed, Failed) and failed.param == "n"
+    assert stage.forgotten()
+
+
+async def test_an_id_of_another_tenants_request_is_refused_and_that_request_runs_on(stage):
+    stage.frontend.generate(1, tenant="a")
+    await stage.scheduler.next(Submit)
+    other = stage.visit(b"other")
+    other.generate(1, 2, tenant="b", seeds=(1, 2))
+    (failed,) = await other.ended(1)
+    assert isinstance(failed, Failed) and (failed.status, failed.code) == (409, "id_in_use")
+    submitted = await stage.scheduler.next(Submit, 2)
+    assert [(one.request, one.tenant) for one in submitted] == [(1, "a"), (2, "b")]
+    assert 1 not in stage.frontend.last_words
+
+
+async def test_too_many_continuations_at_once_are_refused(stage):
+    stage.frontend.generate(*range(MOST_CONTINUATIONS + 1))
+    for failed in await stage.frontend.ended(*range(MOST_CONTINUATIONS + 1)):
+        assert isinstance(failed, Failed) and (failed.status, failed.param) == (400, "n")
     assert stage.forgotten()

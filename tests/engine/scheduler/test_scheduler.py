@@ -93,6 +93,18 @@ async def test_a_tokenizer_that_takes_a_request_over_gets_what_it_lacks(stage):
     assert stage.tokenizer.tokens[1] == expected(1, 60)
 
 
+async def test_another_tenant_cannot_take_a_request_over(stage):
+    stage.start_worker()
+    stage.start_scheduler()
+    stage.submit(1, [1, 2, 3], 200, tenant="a")
+    await stage.tokenizer.until(lambda _: len(stage.tokenizer.tokens.get(1, [])) > 20)
+    stage.submit(1, [1, 2, 3], 200, tenant="b", attempt=9)
+    await stage.tokenizer.until(lambda _: 1 in stage.tokenizer.refused)
+    assert (stage.tokenizer.refused[1].status, stage.tokenizer.refused[1].code) == (409, "id_in_use")
+    await stage.tokenizer.until(lambda _: 1 in stage.tokenizer.ends)
+    assert stage.tokenizer.tokens[1] == expected(1, 200)
+
+
 async def test_the_tokens_go_to_the_latest_heir_of_a_request_though_who_died_before_is_heard_of_later(stage):
     stage.start_worker()
     scheduler = stage.start_scheduler()
