@@ -261,8 +261,10 @@ class Desk:
             self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
-        if self._reader:
-            self._reader.recheck()
+        finally:
+            # Where it failed too: what another frontend said meanwhile would lie there until somebody else says something.
+            if self._reader:
+                self._reader.recheck()
         return True
 
     def close(self) -> None:
@@ -301,8 +303,9 @@ class Visit:
             self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             return False
-        if self._reader:
-            self._reader.recheck()
+        finally:
+            if self._reader:
+                self._reader.recheck()
         return True
 
     def close(self, linger_ms: int = 0) -> None:

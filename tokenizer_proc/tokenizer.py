@@ -168,7 +168,10 @@ class TokenizerActor:
         job = Job(frontend, generate)
         for request in set(generate.requests):
             known = self._live.get(request) or self._jobs.get(request)
-            if known is not None and known.generate.tenant != generate.tenant:
+            if known is not None and known.generate.attempt > generate.attempt:
+                # It was sent over a connection that broke, and comes behind what was sent over the next.
+                job.wanted.discard(request)
+            elif known is not None and known.generate.tenant != generate.tenant:
                 job.wanted.discard(request)
                 self._tell(frontend, Failed(request, 409, "id_in_use", "the request's id is another's: draw ids at random"))
             else:

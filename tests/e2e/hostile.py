@@ -89,6 +89,7 @@ def samples() -> list[Message]:
         tokens.Cancel((FAR,), "abort"),
         tokens.Tokens(FAR, 1, [FAR], [0], [5], [logprobs], [scored], [tokens.TokenEnd(FAR, "stop", None, 0, 0.0, 0)]),
         tokens.Refused(FAR, 429, "code", "message", 1.0),
+        tokens.Moved(FAR, 3),
         tokens.SchedulerUp(1),
         generate,
         msgspec.structs.replace(generate, prompt=frontend.TokenPrompt((1, 2, 3)), emitted=((4,),)),

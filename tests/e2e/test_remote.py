@@ -124,7 +124,8 @@ async def test_a_connection_that_breaks_while_its_tokenizer_lives_costs_nothing(
         progress: list[int] = []
         reading = asyncio.create_task(read_all(client, 4, 200, progress))
         for pieces in (100, 300, 500):
-            await until(lambda pieces=pieces: len(progress) > pieces)
+            await until(lambda pieces=pieces: len(progress) > pieces or reading.done())
+            assert not reading.done(), reading.exception()
             for name in client._visits:
                 client._happened(name, zmq.EVENT_DISCONNECTED)
         assert await asyncio.wait_for(reading, 60) == expected

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 
 import msgspec
 import pytest
@@ -168,6 +169,24 @@ async def test_a_message_that_is_taken_back_stops_nobody():
     asyncio.get_running_loop().remove_reader(reading)
     os.close(reading)
     os.close(writing)
+
+
+async def test_what_one_visit_says_is_heard_though_another_is_gone_at_that_moment(context, tmp_path):
+    heard = asyncio.Event()
+    desk = Desk(context, endpoint(tmp_path, "desk"), ToTokenizer)
+    desk.open(lambda identity, message: heard.set(), lambda: None)
+    visit = Visit(context, endpoint(tmp_path, "desk"), b"a visit", ToFrontend)
+    visit.open(lambda message: None)
+    visit.send(Describe(1))
+    await asyncio.wait_for(heard.wait(), 5)
+    heard.clear()
+    visit.send(Describe(2))
+    # It has come, and the loop has not looked yet.
+    assert select.select([desk._socket.getsockopt(zmq.FD)], [], [], 5)[0]
+    assert not desk.send(b"somebody who is gone", CallFailed(1, 400, "", ""))
+    await asyncio.wait_for(heard.wait(), 5)
+    visit.close()
+    desk.close()
 
 
 async def test_a_desk_answers_each_visit_and_knows_when_one_is_gone(context, tmp_path):
