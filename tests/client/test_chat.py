@@ -1,5 +1,6 @@
 """The terminal chat, driven through a real pseudo-terminal, and through pipes."""
 
+import contextlib
 import os
 import pty
 import select
@@ -66,6 +67,16 @@ class Terminal:
         self.wait_for(PROMPT)
         self.type(text)
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C until there is a prompt: a signal that comes just before readline waits is only seen with the next key."""
+        for _ in range(5):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                self.wait_for(PROMPT, 4)
+                self.seen = PROMPT + self.seen
+                return
+        raise AssertionError(f"there was no prompt after Ctrl-C, but {self.seen!r}")
+
     def leave(self) -> int:
         self.say("\x04")
         return self.process.wait(20)
@@ -117,7 +128,7 @@ def test_ctrl_c_at_the_prompt_gives_a_new_prompt(terminal: Terminal, server: Fak
     terminal.say("never sent")
     # Once it is echoed, readline waits for the next key, and a signal finds it there.
     terminal.wait_for("never sent")
-    terminal.type("\x03")
+    terminal.interrupt()
     assert terminal.leave() == 0
     assert server.requests == []
 
