@@ -85,14 +85,15 @@ class Speed:
             )
             return
         known = self._like(decodes)
-        if not self._token:
-            self._token = max(0.0, seconds - known.seconds) / max(1.0, tokens + decodes - known.decodes)
-            return
         tokens += decodes - known.decodes
+        if not self._token:
+            self._token = max(0.0, seconds - known.seconds) / max(1.0, tokens)
+            return
         places += _reading(seen() - known.seen)
         # Towards the nearest pair of values that explains it (normalized least mean squares): what a step says nothing of stays as it is.
         wrong = seconds - known.seconds - self._token * tokens - self._place * places
-        share = _NEWEST * wrong / (tokens * tokens + places * places)
+        # Where fewer decodes than known outweigh the chunk, it says next to nothing of either.
+        share = _NEWEST * wrong / max(1.0, tokens * tokens + places * places)
         self._token = max(self._token / 2, self._token + share * tokens)
         self._place = max(0.0, self._place + share * places)
 

@@ -86,3 +86,14 @@ def test_decodes_that_see_more_and_more_are_known_to_take_longer():
     assert step > 200
     assert max(found[20:]) < 1.1 * STRETCH
     assert min(found[20:]) > 0.8 * STRETCH, "nor are the pauses shorter than they may be"
+
+
+def test_a_chunk_outweighed_by_fewer_decodes_than_known_upsets_nothing():
+    speed = Speed(0.05)
+    speed.observe(28, lambda: 0, [], 0.04)
+    speed.observe(0, lambda: 0, [(256, 0)], 0.256)
+    before = speed.chunk(28, 0, 256, 1000)
+    for _ in range(20):
+        # Four tokens come and four decodes are gone: whatever this step took says nothing of a token.
+        speed.observe(24, lambda: 0, [(4, 0)], 0.06)
+    assert abs(speed.chunk(28, 0, 256, 1000) - before) <= 1
