@@ -186,6 +186,9 @@ class Supervisor:
         child.born = time.monotonic()
         child.owes_since = child.still_since = None
         child.pid = 0
+        self._ask_for(child)
+
+    def _ask_for(self, child: Child) -> None:
         self._forks.bear(child.spec.module, self._run_dir, child.spec.name, child.incarnation)
 
     def _born(self, born: Born) -> None:
@@ -206,7 +209,7 @@ class Supervisor:
             log.warning("the fork server ended %s: there is another one", how)
             for child in self._children.values():
                 if child.pid == 0:
-                    self._forks.bear(child.spec.module, self._run_dir, child.spec.name, child.incarnation)
+                    self._ask_for(child)
 
     def _started(self, message: Started) -> None:
         child = self._children[message.child]

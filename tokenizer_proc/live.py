@@ -5,7 +5,7 @@ token ─▶ TextStream ─▶ StopFinder ─▶ text of the next `Text`
 """
 
 from headrace.engine.curve import Guest
-from headrace.engine.messages.frontend import End, Generate, PromptScores, TokenScore
+from headrace.engine.messages.frontend import End, Generate, PromptScores, Scores, Text, TokenScore
 from headrace.engine.messages.sampling import Sampling
 from headrace.engine.messages.tokens import PromptLogprobs, Submit, TokenEnd, TokenLogprobs
 from headrace.tokenizer_proc.spelling import Spelling
@@ -161,3 +161,22 @@ def token_score(token: int, logprob: float, top_ids: tuple[int, ...], top_logpro
         (other, spelling.text_of(other), spelling.bytes_of(other), value) for other, value in zip(top_ids, top_logprobs, strict=True)
     )
     return TokenScore(token, spelling.text_of(token), spelling.bytes_of(token), logprob, top)
+
+
+def collect(live: Live, text: Text) -> None:
+    """Move what is new of a request into its frontend's message."""
+    if live.fresh or live.text:
+        text.requests.append(live.request)
+        text.texts.append(live.text)
+        text.counts.append(live.fresh)
+        if live.fresh:
+            end = live.emitted
+            text.tokens.extend(live.tokens[end - live.fresh : end])
+    if live.scores:
+        text.scores.append(Scores(live.request, tuple(live.scores)))
+        live.scores = []
+    if live.end is not None:
+        text.ends.append(live.end)
+    live.fresh = 0
+    live.text = ""
+    live.touched = False

@@ -33,7 +33,6 @@ from headrace.engine.messages.frontend import (
     Prompt,
     Recall,
     Recalled,
-    Scores,
     Text,
     Tokenize,
     Tokenized,
@@ -46,7 +45,7 @@ from headrace.engine.names import SCHEDULER, desk_name
 from headrace.engine.process import Process, Role
 from headrace.tokenizer_proc.chat import ChatTemplates
 from headrace.tokenizer_proc.guests import Guests, receive_guests
-from headrace.tokenizer_proc.live import Frontend, Live
+from headrace.tokenizer_proc.live import Frontend, Live, collect
 from headrace.tokenizer_proc.prompts import encode, fit, param_of, size_of
 from headrace.tokenizer_proc.rejection import Rejection
 from headrace.tokenizer_proc.renderer import Renderer
@@ -452,25 +451,6 @@ class TokenizerActor:
         model = self._process.model
         created = int(Path(model.path).stat().st_mtime)
         return ModelCard(call, model.name, model.context, model.vocab_size, self._templates.usable, created)
-
-
-def collect(live: Live, text: Text) -> None:
-    """Move what is new of a request into its frontend's message."""
-    if live.fresh or live.text:
-        text.requests.append(live.request)
-        text.texts.append(live.text)
-        text.counts.append(live.fresh)
-        if live.fresh:
-            end = live.emitted
-            text.tokens.extend(live.tokens[end - live.fresh : end])
-    if live.scores:
-        text.scores.append(Scores(live.request, tuple(live.scores)))
-        live.scores = []
-    if live.end is not None:
-        text.ends.append(live.end)
-    live.fresh = 0
-    live.text = ""
-    live.touched = False
 
 
 class Meters:

@@ -217,11 +217,6 @@ def page_count(page_bytes: int, room: int, asked: str | None) -> int:
     return pages
 
 
-def preload(kernels: str) -> None:
-    """Import the kernels that `build` will use."""
-    load(kernels)
-
-
 async def build(process: Process) -> Worker:
     """Load the model and warm it up."""
     config, model = process.config, process.model
@@ -248,4 +243,4 @@ async def build(process: Process) -> Worker:
     return Worker(process, rank_of(process.name), runner)
 
 
-ROLE = Role(ToWorker, build, preload)
+ROLE = Role(ToWorker, build, preload=load)
