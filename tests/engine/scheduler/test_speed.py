@@ -93,7 +93,6 @@ def test_a_chunk_outweighed_by_fewer_decodes_than_known_upsets_nothing():
     speed.observe(28, lambda: 0, [], 0.04)
     speed.observe(0, lambda: 0, [(256, 0)], 0.256)
     before = speed.chunk(28, 0, 256, 1000)
-    for _ in range(20):
-        # Four tokens come and four decodes are gone: whatever this step took says nothing of a token.
-        speed.observe(24, lambda: 0, [(4, 0)], 0.06)
-    assert abs(speed.chunk(28, 0, 256, 1000) - before) <= 1
+    # Four tokens come and four decodes are gone: whatever this step took says next to nothing of a token or a place.
+    speed.observe(24, lambda: 0, [(4, 0)], 0.06)
+    assert before - 2 <= speed.chunk(28, 0, 256, 1000) <= before
