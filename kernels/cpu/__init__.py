@@ -132,7 +132,7 @@ class CpuBackend:
         return RopeTable(cos, sin, table.interleaved)
 
     def new_kv(self, layers: int, pages: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> list[Pages]:
-        return [Pages.new(pages, page_size, heads, dtype) for _ in range(layers)]
+        return Pages.new(layers, pages, page_size, heads, dtype)
 
     def page_bytes(self, layers: int, page_size: int, heads: HeadShape, dtype: str = "f32") -> int:
         return page_bytes(layers, page_size, heads, dtype)

@@ -132,8 +132,13 @@ def _plain(tokens: int, ids: torch.Tensor | None = None) -> Batch:
 
 def _pages(kv: KVPages):
     """A copy of the reference's pages, laid out for the native ops."""
-    from headrace.kernels.cpu.pages import Pages
+    from headrace.kernels.cpu.pages import TYPES, Pages
 
-    padding = -kv.values.shape[-1] % 8
-    values = torch.nn.functional.pad(kv.values, (0, padding)).numpy()
-    return Pages(kv.keys.transpose(2, 3).contiguous().numpy(), values, None if kv.scales is None else kv.scales.numpy().copy())
+    count, heads, page_size, dim = kv.keys.shape
+    dtype = next(name for name, each in TYPES.items() if each == kv.keys.numpy().dtype)
+    (pages,) = Pages.new(1, count, page_size, HeadShape(heads, heads, dim), dtype)
+    pages.keys[:] = kv.keys.transpose(2, 3).numpy()
+    pages.values[..., :dim] = kv.values.numpy()
+    if kv.scales is not None:
+        pages.scales[:] = kv.scales.numpy()
+    return pages

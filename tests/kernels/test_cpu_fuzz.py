@@ -92,9 +92,8 @@ def test_any_op_is_recorded_and_run_or_refused(data):
     x, other = recorder.input(width), recorder.input(draw(SIZES | st.just(width)))
     heads = draw(HEADS | st.just(RIGHT))
     page_size = draw(st.sampled_from([8, 16]))
-    kv = Pages.new(
-        2, page_size, draw(st.just(heads if heads.query_heads > 0 and heads.kv_heads > 0 and heads.dim > 0 else RIGHT) | st.just(RIGHT))
-    )
+    made_for = draw(st.just(heads if heads.query_heads > 0 and heads.kv_heads > 0 and heads.dim > 0 else RIGHT) | st.just(RIGHT))
+    (kv,) = Pages.new(1, 2, page_size, made_for)
     rope = RopeTable(draw(FLOATS), draw(FLOATS), draw(st.booleans()))
     norm = draw(arrays(st.sampled_from([np.float32, np.float64]), st.just((width,)) | SHAPES))
     ops = {
@@ -133,7 +132,7 @@ def test_any_op_is_recorded_and_run_or_refused(data):
 def test_any_arrays_of_a_step_are_computed_or_refused(data):
     backend = cpu.CpuBackend(1)
     recorder = Recorder()
-    kv = Pages.new(3, 8, RIGHT, data.draw(st.sampled_from(sorted(TYPES))))
+    (kv,) = Pages.new(1, 3, 8, RIGHT, data.draw(st.sampled_from(sorted(TYPES))))
     table = backend.prepare("table", lambda: [Dense(np.ones((32, 64), np.float32))])
     q = recorder.rope_write_kv(
         recorder.embed(None, table),

@@ -36,72 +36,88 @@ struct Row {
     int64_t first, last;  // positions that it sees
 };
 
-// What a thread needs for one tile beside its partial sums.
+// Some KV heads that stand side by side.
+struct HeadsOf {
+    int64_t first, count;
+};
+
+// What a thread needs for some heads of one tile beside its partial sums.
 struct Room {
-    Row* row;     // [rows]
+    Row* row;     // [heads][rows]
     float* keys;  // [D][BLOCK]
 
     static int64_t floats(int64_t rows, int64_t dim) { return rows * static_cast<int64_t>(sizeof(Row) / sizeof(float)) + dim * BLOCK; }
     static Room at(float* begin, int64_t rows) { return {reinterpret_cast<Row*>(begin), begin + rows * (sizeof(Row) / sizeof(float))}; }
 };
 
-// One split of a tile, from nothing.
-template <class T>
-void split_of(const Problem& p, const Tile& tile, int64_t kv_head, int64_t split, Partial partial, const Room& room) {
+// One split of a tile for some heads, from nothing, to partial(head) of each. `own` is what is read of the tile from there on, unless
+// others bring it to the cache; `next` is what this thread is going to read after that.
+template <class T, class Partials>
+void split_of(const Problem& p, const Tile& tile, HeadsOf heads, int64_t split, const Partials& partial, const Room& room, const Reading& own,
+              const Reading& next) {
     alignas(64) float scores[TALL][BLOCK];
-    Row* row = room.row;
     const int64_t sharing = p.sharing(), rows = tile.tokens * sharing, width = p.width();
     int64_t begin = (split + 1) * SPLIT, end = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t token = tile.token(r / sharing);
-        row[r] = {p.q + p.place(token, kv_head, r % sharing), partial.out + r * width, p.first(token), p.batch.positions[token]};
-        begin = std::min(begin, row[r].first);
-        end = std::max(end, row[r].last + 1);
-        partial.state[2 * r] = NOTHING;
-        partial.state[2 * r + 1] = 0.0f;
+    for (int64_t i = 0; i < tile.tokens; i++) {
+        const int64_t token = tile.token(i);
+        begin = std::min(begin, p.first(token));
+        end = std::max<int64_t>(end, p.batch.positions[token] + 1);
     }
     begin = std::max(split * SPLIT, begin / BLOCK * BLOCK);
-    const int64_t sight = end;
     end = std::min((split + 1) * SPLIT, end);
-    std::fill(partial.out, partial.out + rows * width, 0.0f);
+    for (int64_t h = 0; h < heads.count; h++) {
+        const Partial sums = partial(h);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t token = tile.token(r / sharing);
+            room.row[h * rows + r] = {p.q + p.place(token, heads.first + h, r % sharing), sums.out + r * width, p.first(token),
+                                      p.batch.positions[token]};
+            sums.state[2 * r] = NOTHING;
+            sums.state[2 * r + 1] = 0.0f;
+        }
+        std::fill(sums.out, sums.out + rows * width, 0.0f);
+    }
     const int32_t* table = p.table(tile.request);
-    const Pages<T> pages(p.kv, p.heads, kv_head);
-    // Whether no other tile brings these keys and values to the cache.
-    const bool once = tile.listed || tile.tokens == p.batch.query_start[tile.request + 1] - p.first_row(tile.request);
     Block<T> block;
     for (block.begin = begin; block.begin < end; block.begin += BLOCK) {
         block.known = std::min(BLOCK, end - block.begin);
         // Rows of a tile follow each other by position: those that see nothing of the block stand at its ends.
         int64_t from_row = 0, to_row = rows;
-        while (from_row < to_row && row[from_row].last < block.begin) from_row++;
-        while (to_row > from_row && row[to_row - 1].first >= block.begin + block.known) to_row--;
-        tile.tree ? block.place_path(p, pages, table, tile, reinterpret_cast<T*>(room.keys)) : block.place(pages, table);
-        Coming<T> coming(pages, table, block.begin + BLOCK, once ? sight : 0, 2 * ((to_row - from_row + TALL - 1) / TALL));
-        by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
-            coming.ask();
-            Row* const some = row + from_row + r;
-            float* state = partial.state + 2 * (from_row + r);
-            const float* q[R];
-            float* out[R];
-            for (int i = 0; i < R; i++) q[i] = some[i].q, out[i] = some[i].out;
-            scores_of<R>(p, block, q, scores);
-            if constexpr (SCALED<T>) multiply<R>(scores, block.key_scales, block.known);
-            int64_t from[R], to[R], seen = 0;  // positions behind `seen` may hold anything
-            bool whole = true;
-            for (int i = 0; i < R; i++) {
-                from[i] = some[i].first - block.begin;
-                to[i] = std::min(block.known, some[i].last + 1 - block.begin);
-                seen = std::max(seen, to[i]);
-                whole = whole && from[i] <= 0 && to[i] == BLOCK;
-            }
-            if (whole)
-                soften<R>(scores, width, state, out);
-            else
-                for (int i = 0; i < R; i++) soften_part(scores[i], from[i], to[i], width, state + 2 * i, out[i]);
-            coming.ask();
-            if constexpr (SCALED<T>) multiply<R>(scores, block.value_scales, block.known);
-            add_values<R>(scores, block.values, 0, seen, width, out);
-        });
+        while (from_row < to_row && room.row[from_row].last < block.begin) from_row++;
+        while (to_row > from_row && room.row[to_row - 1].first >= block.begin + block.known) to_row--;
+        Reading after = own;
+        after.begin = block.begin + BLOCK;
+        if (after.begin >= own.end) after = after.begin >= end ? next : Reading{};
+        Coming<T> coming(p, after, 2 * heads.count * std::max<int64_t>(1, (to_row - from_row + TALL - 1) / TALL));
+        for (int64_t h = 0; h < heads.count; h++) {
+            const Pages<T> pages(p.kv, p.heads, heads.first + h);
+            tile.tree ? block.place_path(p, pages, table, tile, reinterpret_cast<T*>(room.keys)) : block.place(pages, table);
+            float* const states = partial(h).state;
+            by_heights<TALL>(to_row - from_row, [&]<int R>(int64_t r) {
+                coming.ask();
+                const Row* const some = room.row + h * rows + from_row + r;
+                float* state = states + 2 * (from_row + r);
+                const float* q[R];
+                float* out[R];
+                for (int i = 0; i < R; i++) q[i] = some[i].q, out[i] = some[i].out;
+                scores_of<R>(p, block, q, scores);
+                if constexpr (SCALED<T>) multiply<R>(scores, block.key_scales, block.known);
+                int64_t from[R], to[R], seen = 0;  // positions behind `seen` may hold anything
+                bool whole = true;
+                for (int i = 0; i < R; i++) {
+                    from[i] = some[i].first - block.begin;
+                    to[i] = std::min(block.known, some[i].last + 1 - block.begin);
+                    seen = std::max(seen, to[i]);
+                    whole = whole && from[i] <= 0 && to[i] == BLOCK;
+                }
+                if (whole)
+                    soften<R>(scores, width, state, out);
+                else
+                    for (int i = 0; i < R; i++) soften_part(scores[i], from[i], to[i], width, state + 2 * i, out[i]);
+                coming.ask();
+                if constexpr (SCALED<T>) multiply<R>(scores, block.value_scales, block.known);
+                add_values<R>(scores, block.values, 0, seen, width, out);
+            });
+        }
     }
 }
 
@@ -141,41 +157,55 @@ class Sums {
     // `begun` is what rows have summed up in tiles that they shared, [T, Hq] of sums, highest score and total; null where there were none.
     Sums(Pool& pool, const Problem& p, float* begun) : pool_(pool), p_(p), begun_(begun) {}
 
-    // Hands what each unit, a tile for one KV head, sums up to use(tile, kv_head, sum). `tiles` come with the longest first. Those that
-    // would keep one thread busy while others have nothing left are computed by the split.
+    // Hands what each tile sums up for a KV head to use(tile, kv_head, sum). `tiles` come with the longest first. Those that would keep one
+    // thread busy while others have nothing left are computed by the split.
     template <class Use>
     void of(std::span<const Tile> tiles, const Use& use) {
-        const int64_t kv_heads = p_.heads.kv, count = static_cast<int64_t>(tiles.size()) * kv_heads;
-        const int64_t cut = long_ones(tiles) * kv_heads, most = cut ? tiles[0].own_splits() : 0;
-        float* partials = cut ? Pool::scratch(3, cut * most * floats_) : nullptr;
-        auto compute = [&](int64_t unit) {
-            if (unit < cut * most) {
-                const Tile& tile = tiles[unit / most / kv_heads];
-                if (const int64_t s = unit % most; s < tile.own_splits())
-                    split_of<T>(p_, tile, unit / most % kv_heads, tile.first_split + tile.begun + s, at(partials + unit * floats_),
-                                Room::at(Pool::scratch(2, room_), rows_));
-                return;
+        const int64_t kv_heads = p_.heads.kv, cut = long_ones(tiles), most = cut ? tiles[0].own_splits() : 0;
+        float* partials = cut ? Pool::scratch(3, cut * kv_heads * most * floats_) : nullptr;
+        auto partial = [&](int64_t tile, int64_t head, int64_t s) { return at(partials + ((tile * kv_heads + head) * most + s) * floats_); };
+        const std::span<const Unit> units = units_of(tiles, cut);
+        auto compute = [&](int64_t number) {
+            const Unit& unit = units[number];
+            const Tile& tile = tiles[unit.tile];
+            const HeadsOf heads = unit.heads;
+            // A thread mostly takes one unit after the other.
+            const Reading own = reading_of(tiles, unit), next = number + 1 < std::ssize(units) ? reading_of(tiles, units[number + 1]) : Reading{};
+            const int64_t rows = rows_ * heads.count;
+            if (unit.split >= 0) {
+                const auto to = [&](int64_t h) { return partial(unit.tile, heads.first + h, unit.split); };
+                const Room room = Room::at(Pool::scratch(2, room_of(heads)), rows);
+                return split_of<T>(p_, tile, heads, tile.first_split + tile.begun + unit.split, to, room, own, next);
             }
-            unit += cut - cut * most;
-            const Tile& tile = tiles[unit / kv_heads];
-            float* scratch = Pool::scratch(2, 2 * floats_ + room_);
-            const Room room = Room::at(scratch + 2 * floats_, rows_);
-            sum_up(tile, unit % kv_heads, at(scratch), use, [&](int64_t s) {
-                const Partial next = at(scratch + (s ? floats_ : 0));
-                split_of<T>(p_, tile, unit % kv_heads, tile.first_split + s, next, room);
-                return next;
-            });
+            float* scratch = Pool::scratch(2, 2 * heads.count * floats_ + room_of(heads));
+            const Room room = Room::at(scratch + 2 * heads.count * floats_, rows);
+            const auto sum = [&](int64_t h) { return at(scratch + h * floats_); };
+            const auto more = [&](int64_t h) { return at(scratch + (heads.count + h) * floats_); };
+            if (tile.begun)
+                for (int64_t h = 0; h < heads.count; h++) take_up(tile, heads.first + h, sum(h));
+            else
+                split_of<T>(p_, tile, heads, tile.first_split, sum, room, own, next);
+            for (int64_t s = std::max<int64_t>(1, tile.begun); s < tile.splits; s++) {
+                split_of<T>(p_, tile, heads, tile.first_split + s, more, room, own, next);
+                for (int64_t h = 0; h < heads.count; h++) merge(tile.tokens * p_.sharing(), p_.width(), sum(h), more(h));
+            }
+            for (int64_t h = 0; h < heads.count; h++) use(tile, heads.first + h, sum(h));
         };
-        const int64_t units = cut * most + count - cut;
         // One token that sees little takes less time than to tell the threads of it.
         if (p_.batch.tokens == 1 && cut == 0)
-            for (int64_t unit = 0; unit < units; unit++) compute(unit);
+            for (int64_t number = 0; number < std::ssize(units); number++) compute(number);
         else
-            pool_.run(units, compute);
-        pool_.run(cut, [&](int64_t unit) {
-            const Tile& tile = tiles[unit / kv_heads];
-            sum_up(tile, unit % kv_heads, at(Pool::scratch(2, floats_)), use,
-                   [&](int64_t s) { return at(partials + (unit * most + s - tile.begun) * floats_); });
+            pool_.run(std::ssize(units), compute);
+        pool_.run(cut * kv_heads, [&](int64_t number) {
+            const int64_t which = number / kv_heads, head = number % kv_heads;
+            const Tile& tile = tiles[which];
+            Partial sum = partial(which, head, 0);
+            if (tile.begun) {
+                sum = at(Pool::scratch(2, floats_));
+                take_up(tile, head, sum);
+            }
+            for (int64_t s = tile.begun ? 0 : 1; s < tile.own_splits(); s++) merge(tile.tokens * p_.sharing(), p_.width(), sum, partial(which, head, s));
+            use(tile, head, sum);
         });
     }
 
@@ -187,6 +217,13 @@ class Sums {
     }
 
   private:
+    // What a thread computes at a time: some heads of a tile, or of one of its own splits.
+    struct Unit {
+        int64_t tile;
+        HeadsOf heads;
+        int64_t split;  // or -1
+    };
+
     // How many of the tiles, the first ones, take so long that threads would wait for them.
     int64_t long_ones(std::span<const Tile> tiles) const {
         constexpr int64_t READING = 8;  // bringing K and V to the cache takes as long as so many rows do
@@ -198,23 +235,44 @@ class Sums {
         return count;
     }
 
-    // The sum of a tile: what its rows had, and its splits in order, each of which `split` gives. `room` is for what they had.
-    template <class Use, class Split>
-    void sum_up(const Tile& tile, int64_t kv_head, Partial room, const Use& use, const Split& split) const {
-        const int64_t rows = tile.tokens * p_.sharing(), width = p_.width();
-        Partial sum = room;
-        if (tile.begun) {
-            for (int64_t r = 0; r < rows; r++) {
-                const Partial from = begun(tile, kv_head, r);
-                std::copy(from.out, from.out + width, sum.out + r * width);
-                std::copy(from.state, from.state + 2, sum.state + 2 * r);
-            }
-        } else {
-            sum = split(0);
+    // Few rows take no longer than what they read, and heads that stand side by side are read faster together: so where there is enough
+    // to do for every thread, a unit has all heads.
+    std::span<const Unit> units_of(std::span<const Tile> tiles, int64_t cut) const {
+        const int64_t kv_heads = p_.heads.kv, enough = p_.batch.tokens == 1 && cut == 0 ? 1 : 4 * pool_.threads();
+        int64_t most = 0, count = 0;
+        for (int64_t t = 0; t < std::ssize(tiles); t++) most += kv_heads * (t < cut ? tiles[t].own_splits() : 1);
+        Unit* units = reinterpret_cast<Unit*>(Pool::scratch(4, most * sizeof(Unit) / sizeof(float)));
+        for (int64_t t = 0; t < std::ssize(tiles); t++) {
+            const Tile& tile = tiles[t];
+            const int64_t splits = t < cut ? tile.own_splits() : 1, others = t < cut ? splits : std::ssize(tiles);
+            const int64_t each = tile.tokens * p_.sharing() <= ALONE && others >= enough ? kv_heads : 1;
+            for (int64_t head = 0; head < kv_heads; head += each)
+                for (int64_t s = 0; s < splits; s++) units[count++] = {t, {head, each}, t < cut ? s : -1};
         }
-        for (int64_t s = std::max<int64_t>(1, tile.begun); s < tile.splits; s++) merge(rows, width, sum, split(s));
-        use(tile, kv_head, sum);
+        return {units, static_cast<size_t>(count)};
     }
+
+    // What a unit reads; nothing if others bring it to the cache too.
+    Reading reading_of(std::span<const Tile> tiles, const Unit& unit) const {
+        const Tile& tile = tiles[unit.tile];
+        if (!tile.listed && tile.tokens < p_.batch.query_start[tile.request + 1] - p_.first_row(tile.request)) return {};
+        const int64_t first = tile.first_split + tile.begun + std::max<int64_t>(unit.split, 0), last = unit.split < 0 ? tile.first_split + tile.splits : first + 1;
+        const int64_t begin = std::max(first * SPLIT, p_.first(tile.token(0)) / BLOCK * BLOCK);
+        const int64_t seen = p_.batch.positions[tile.token(tile.tokens - 1)] + 1;
+        return {p_.table(tile.request), unit.heads.first, unit.heads.count, begin, std::min(last * SPLIT, seen)};
+    }
+
+    // What a tile's rows had before it.
+    void take_up(const Tile& tile, int64_t kv_head, Partial sum) const {
+        const int64_t width = p_.width();
+        for (int64_t r = 0; r < tile.tokens * p_.sharing(); r++) {
+            const Partial from = begun(tile, kv_head, r);
+            std::copy(from.out, from.out + width, sum.out + r * width);
+            std::copy(from.state, from.state + 2, sum.state + 2 * r);
+        }
+    }
+
+    int64_t room_of(HeadsOf heads) const { return Room::floats(heads.count * rows_, p_.heads.dim); }
 
     Partial at(float* floats) const { return {floats + rows_ * p_.width(), floats}; }
 
@@ -223,7 +281,6 @@ class Sums {
     float* begun_;
     const int64_t rows_ = std::max(TILE_ROWS, p_.sharing());
     const int64_t floats_ = (rows_ * (p_.width() + 2) + 15) / 16 * 16;  // of a partial sum: a multiple of a cache line
-    const int64_t room_ = Room::floats(rows_, p_.heads.dim);
 };
 
 template <class T>

@@ -239,30 +239,46 @@ inline void soften_part(float* scores, int64_t from, int64_t to, int64_t width, 
     state[1] += sum(total);
 }
 
-// Keys and values of a block to come, asked for in so many equal portions: pages lie anywhere, so that the machine guesses nothing from
-// the page before, and a memory that is asked for much at once lets the arithmetic wait.
+// Keys and values of some KV heads at the positions [begin, end) of a sequence.
+struct Reading {
+    const int32_t* table = nullptr;
+    int64_t kv_head = 0, heads = 0, begin = 0, end = 0;
+};
+
+// What is read next, up to a block of it, asked for in so many about equal portions: pages lie anywhere, so that the machine guesses
+// nothing from the page before, and a memory that is asked for much at once lets the arithmetic wait.
 template <class T>
 class Coming {
   public:
-    Coming(const Pages<T>& pages, const int32_t* table, int64_t begin, int64_t end, int64_t times)
-        : pages_(pages), table_(table), first_(begin / pages.page_size), lines_((pages.keys_size * sizeof(T) + 63) / 64) {
-        const int64_t last = begin < end ? (std::min(begin + BLOCK, end) - 1) / pages.page_size + 1 : first_;
-        left_ = 2 * lines_ * (last - first_);
-        each_ = (left_ + times - 1) / std::max<int64_t>(times, 1);
+    Coming(const Problem& p, const Reading& reading, int64_t times) : pages_(p.kv, p.heads, reading.kv_head) {
+        const int64_t end = std::min(reading.begin + BLOCK, reading.end);
+        if (reading.begin >= end) return;
+        page_ = reading.table + reading.begin / pages_.page_size;
+        last_ = reading.table + (end - 1) / pages_.page_size;
+        bytes_ = reading.heads * pages_.size() * static_cast<int64_t>(sizeof(T));
+        each_ = ((bytes_ + LINE - 1) / LINE * (last_ - page_ + 1) + times - 1) / times;
+        turn();
     }
 
     void ask() {
-        for (int64_t i = std::min(each_, left_); i > 0; i--, left_--, at_++) {
-            const int64_t page = table_[first_ + at_ / (2 * lines_)], line = at_ % (2 * lines_);
-            const T* from = line < lines_ ? pages_.keys(page) : pages_.value(page, 0);
-            __builtin_prefetch(reinterpret_cast<const char*>(from) + line % lines_ * 64, 0, 3);
+        for (int64_t i = each_; i > 0 && at_; i--) {
+            __builtin_prefetch(at_, 0, 3);
+            if ((at_ += LINE) >= end_) page_++ < last_ ? turn() : void(at_ = nullptr);
         }
     }
 
   private:
-    const Pages<T>& pages_;
-    const int32_t* table_;
-    int64_t first_, lines_, left_, each_, at_ = 0;
+    static constexpr int64_t LINE = 64;
+
+    void turn() {
+        at_ = reinterpret_cast<const char*>(pages_.keys(*page_));
+        end_ = at_ + bytes_;
+    }
+
+    const Pages<T> pages_;
+    const int32_t *page_ = nullptr, *last_ = nullptr;
+    const char *at_ = nullptr, *end_ = nullptr;
+    int64_t bytes_ = 0, each_ = 0;
 };
 
 }  // namespace headrace::HEADRACE_ISA

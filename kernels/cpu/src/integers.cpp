@@ -40,33 +40,61 @@ constexpr int64_t WORTH = 1 << 19;  // multiply-adds that are worth handing to a
 
 constexpr int SIDE = 2;             // panels that are unpacked together: each few rows of x are read once for all of them
 
+// Whether codes that are stored as bytes are read where they stand. Headers are odd multiples of 32 bytes, so that every vector of 64
+// would lie on two cache lines.
+constexpr bool IN_PLACE = wide::WIDTH * 4 <= 32;
+
 // A unit of inputs of a panel, unpacked: scales, minimums, and a byte a code, for 4 inputs at a time.
-template <int UNIT>
+template <int UNIT, bool copied>
 struct Unpacked {
     float scales[PANEL], minimums[PANEL];
-    uint8_t codes[UNIT * PANEL];
+    uint8_t bytes[UNIT * PANEL];
+
+    const uint8_t* codes() const { return bytes; }
+};
+
+template <int UNIT>
+struct alignas(64) Unpacked<UNIT, false> {
+    float scales[PANEL], minimums[PANEL];
+    const uint8_t* at;
+
+    const uint8_t* codes() const { return at; }
+};
+
+// Where sums of some rows [rows][PANEL] come from, 0 if that is null, and where they go, rows `apart`; a bias is added if there is one.
+struct Sums {
+    const float* from;
+    float* to;
+    int64_t apart;
+    const float* bias;
+
+    Floats begun(int r, int v) const { return from ? wide::load(from + r * PANEL + v * wide::WIDTH) : wide::all(0.0f); }
+    void take(int r, int v, Floats sum) const {
+        if (bias) sum += wide::load(bias + v * wide::WIDTH);
+        wide::store(to + r * apart + v * wide::WIDTH, sum);
+    }
+    Sums row(int64_t r) const { return {from ? from + r * PANEL : nullptr, to + r * apart, apart, bias}; }
 };
 
 // The units of a panel in turn, as they are stored.
 template <Form F, int UNIT>
 struct Stream {
     static constexpr bool PACKED = F == Form::int4;
-    static constexpr int VECTORS = PARTS;
     static constexpr int64_t BYTES = UNIT * PANEL / (PACKED ? 2 : 1);
 
-    const Blocks& blocks;
+    const Blocks* blocks;
     int64_t panel, units;  // a group
     int64_t group = -1, left = 0;
     const uint8_t* codes = nullptr;
     Scale scale;
 
-    Stream(const Blocks& blocks, int64_t panel, int64_t group) : blocks(blocks), panel(panel), units(group / UNIT) {}
+    Stream(const Blocks& blocks, int64_t panel, int64_t group) : blocks(&blocks), panel(panel), units(group / UNIT) {}
 
     const uint8_t* next() {
         if (left == 0) {
             left = units;
-            scale = blocks.scale(panel, ++group);
-            codes = blocks.codes(panel, group) - BYTES;
+            scale = blocks->scale(panel, ++group);
+            codes = blocks->codes(panel, group) - BYTES;
         }
         left--;
         for (int64_t byte = 0; byte < BYTES; byte += 64) __builtin_prefetch(codes + BYTES + AHEAD + byte, 0, 2);
@@ -77,14 +105,13 @@ struct Stream {
 };
 
 // Units in turn that were unpacked.
-template <int UNIT>
+template <class Unpacked>
 struct Scratch {
     static constexpr bool PACKED = false;
-    static constexpr int VECTORS = PARTS;
 
-    const Unpacked<UNIT>* unit;
+    const Unpacked* unit;
 
-    const uint8_t* next() { return (unit++)->codes; }
+    const uint8_t* next() { return (unit++)->codes(); }
     Floats factor(int v) const { return wide::load(unit[-1].scales + v * wide::WIDTH); }
     Floats minimum(int v) const { return wide::load(unit[-1].minimums + v * wide::WIDTH); }
 };
@@ -117,17 +144,17 @@ inline Floats add_sum(Floats acc, wide::Ints products, const TooHigh& high, Floa
     return wide::fused(sum * x_scale, units.factor(v), acc);
 }
 
-// Adds the next `steps` * QUANTUM inputs of N rows of x to sums [N][outputs of the units].
+// Adds the next `steps` * QUANTUM inputs of N rows of x to their sums.
 template <Form F, int UNIT, bool minimums, int N, class Units>
-inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, int64_t steps, float* sums) {
-    constexpr int V = Units::VECTORS;
+inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, int64_t steps, const Sums& sums) {
+    constexpr int V = PARTS;
     constexpr int64_t STEP = quantized_step(UNIT);
     const High<F, minimums, BIAS<F, minimums>> high(offset);
     Floats acc[N][V];
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) acc[r][v] = wide::load(sums + (r * V + v) * wide::WIDTH);
+        for (int v = 0; v < V; v++) acc[r][v] = sums.begun(r, v);
     for (; steps > 0; steps--, x += STEP)
 #pragma GCC unroll 2
         for (int unit = 0; unit < QUANTUM / UNIT; unit++) {
@@ -144,15 +171,15 @@ inline void add_rows(Units units, int offset, const uint8_t* x, int64_t stride, 
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) wide::store(sums + (r * V + v) * wide::WIDTH, acc[r][v]);
+        for (int v = 0; v < V; v++) sums.take(r, v, acc[r][v]);
 }
 
 #if defined(HEADRACE_AMX)
 // The same for unpacked units, by tiles: the products of some units, then the sums, which stay in registers meanwhile, a row in each.
 // One unit at a time would have every sum wait for its product to come back from the tile.
-template <Form F, int UNIT, bool minimums, int N>
-inline void add_rows_by_tiles(tiles::Configured<UNIT / 4>& tiles, Scratch<UNIT> units, int offset, const uint8_t* x, int64_t stride,
-                              int64_t steps, float* sums) {
+template <Form F, int UNIT, bool minimums, int N, class Units>
+inline void add_rows_by_tiles(tiles::Configured<UNIT / 4>& tiles, Units units, int offset, const uint8_t* x, int64_t stride, int64_t steps,
+                              const Sums& sums) {
     constexpr int64_t STEP = quantized_step(UNIT), PER_STEP = QUANTUM / UNIT, TOGETHER = 8;
     const High<F, minimums, 0> high(offset);
     tiles.rows(N);
@@ -160,10 +187,10 @@ inline void add_rows_by_tiles(tiles::Configured<UNIT / 4>& tiles, Scratch<UNIT> 
     Floats acc[N][PARTS];
 #pragma GCC unroll 16
     for (int r = 0; r < N; r++)
-        for (int v = 0; v < PARTS; v++) acc[r][v] = wide::load(sums + r * PANEL + v * wide::WIDTH);
+        for (int v = 0; v < PARTS; v++) acc[r][v] = sums.begun(r, v);
     while (steps > 0) {
         const int64_t now = std::min(steps, TOGETHER / PER_STEP);
-        Scratch<UNIT> ahead = units;
+        Units ahead = units;
         for (int64_t unit = 0; unit < now * PER_STEP; unit++)
             tiles::multiply<F>(ahead.next(), x + unit / PER_STEP * STEP + STEP - QUANTUM + unit % PER_STEP * UNIT, stride, products[unit][0]);
         for (int64_t step = 0; step < now; step++, x += STEP)
@@ -182,7 +209,7 @@ inline void add_rows_by_tiles(tiles::Configured<UNIT / 4>& tiles, Scratch<UNIT> 
     }
 #pragma GCC unroll 16
     for (int r = 0; r < N; r++)
-        for (int v = 0; v < PARTS; v++) wide::store(sums + r * PANEL + v * wide::WIDTH, acc[r][v]);
+        for (int v = 0; v < PARTS; v++) sums.take(r, v, acc[r][v]);
 }
 #endif
 
@@ -200,6 +227,10 @@ struct Ahead {
 
 template <Form F, int UNIT, bool minimums>
 struct Product {
+    using Packed = Stream<F, UNIT>;
+    static constexpr bool COPIED = Packed::PACKED || !IN_PLACE;
+    using Unit = Unpacked<UNIT, COPIED>;
+
     const Linear& w;
     Blocks blocks;
     int64_t stride;
@@ -207,7 +238,7 @@ struct Product {
     explicit Product(const Linear& w) : w(w), blocks(w), stride(quantized_bytes(w)) {}
 
     template <int N, class Units>
-    void add(const Units& units, const uint8_t* x, int64_t steps, float* sums) const {
+    void add(const Units& units, const uint8_t* x, int64_t steps, const Sums& sums) const {
         add_rows<F, UNIT, minimums, N>(units, w.offset, x, stride, steps, sums);
     }
 
@@ -217,73 +248,90 @@ struct Product {
     using Means = tiles::Configured<UNIT / 4>;
 
     template <int N>
-    void add_unpacked(Means& tiles, const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
-        add_rows_by_tiles<F, UNIT, minimums, N>(tiles, {units}, w.offset, x, stride, steps, sums);
+    void add_unpacked(Means& tiles, const Unit* units, const uint8_t* x, int64_t steps, const Sums& sums) const {
+        add_rows_by_tiles<F, UNIT, minimums, N>(tiles, Scratch<Unit>{units}, w.offset, x, stride, steps, sums);
     }
 #else
     static constexpr int SHARED = TALL;
     struct Means {};
 
     template <int N>
-    void add_unpacked(Means&, const Unpacked<UNIT>* units, const uint8_t* x, int64_t steps, float* sums) const {
-        add<N>(Scratch<UNIT>{units}, x, steps, sums);
+    void add_unpacked(Means&, const Unit* units, const uint8_t* x, int64_t steps, const Sums& sums) const {
+        add<N>(Scratch<Unit>{units}, x, steps, sums);
     }
 #endif
 
+    bool whole(int64_t panel) const { return (panel + 1) * PANEL <= w.outputs; }
+
+    // Sums of a panel that begin at `from` and are complete then. Those of a panel that has less outputs go to `room` first.
+    Sums complete(int64_t panel, const float* from, float* room, float* y, int64_t width) const {
+        if (!whole(panel)) return {from, room, PANEL, nullptr};
+        return {from, y + panel * PANEL, width, w.bias ? w.bias + panel * PANEL : nullptr};
+    }
+
     void few_rows(const uint8_t* x, int64_t rows, int64_t panel, float* y, int64_t width) const {
-        alignas(64) float sums[FEW * PANEL];
-        std::fill(sums, sums + rows * PANEL, 0.0f);
-        const int64_t steps = w.inputs / QUANTUM;
+        alignas(64) float room[FEW * PANEL];
+        const Sums sums = complete(panel, nullptr, room, y, width);
         by_heights<TALL>(rows, [&]<int N>(int64_t r) {
-            add<N>(Stream<F, UNIT>(blocks, panel, w.group), x + r * stride, steps, sums + r * PANEL);
+            add<N>(Packed(blocks, panel, w.group), x + r * stride, w.inputs / QUANTUM, sums.row(r));
         });
-        finish(w, panel, sums, rows, y, width);
+        if (!whole(panel)) finish(w, panel, room, rows, y, width);
     }
 
     // Of up to SIDE panels.
     void more_rows(const uint8_t* x, int64_t rows, int64_t panel, int64_t panels, float* y, int64_t width) const {
-        alignas(64) Unpacked<UNIT> unpacked[SIDE][DEPTH / UNIT];
-        alignas(64) float sums[SIDE][ROWS * PANEL];
-        for (int64_t p = 0; p < panels; p++) std::fill(sums[p], sums[p] + rows * PANEL, 0.0f);
+        alignas(64) Unit unpacked[SIDE][DEPTH / UNIT];
+        alignas(64) float room[SIDE][ROWS * PANEL];
         const int64_t steps = w.inputs / QUANTUM, stretches = (w.inputs + DEPTH - 1) / DEPTH, longest = (steps + stretches - 1) / stretches;
         Ahead next(w.panels + (panel + panels) * blocks.panel_bytes, w.panels + std::min(panel + 2 * panels, panels_end()) * blocks.panel_bytes,
                    stretches * ((rows + SHARED - 1) / SHARED));
         static_assert(SIDE == 2);
-        Stream<F, UNIT> streams[SIDE] = {{blocks, panel, w.group}, {blocks, panel + 1, w.group}};
+        Packed streams[SIDE] = {{blocks, panel, w.group}, {blocks, panel + 1, w.group}};
         Means means;
         for (int64_t step = 0; step < steps; step += longest) {
             const int64_t count = std::min(longest, steps - step);
-            for (int64_t p = 0; p < panels; p++)
-                for (int64_t unit = 0; unit < count * (QUANTUM / UNIT); unit++) unpack(streams[p], unpacked[p][unit]);
+            Sums sums[SIDE];
+            for (int64_t p = 0; p < panels; p++) {
+                unpack(streams[p], count * (QUANTUM / UNIT), unpacked[p]);
+                const float* from = step ? room[p] : nullptr;
+                sums[p] = step + count < steps ? Sums{from, room[p], PANEL, nullptr} : complete(panel + p, from, room[p], y, width);
+            }
             const uint8_t* from = x + step * quantized_step(UNIT);
             by_most<SHARED>(rows, [&]<int N>(int64_t r) {
                 next.ask();
                 if (step == 0)
                     for (int i = 0; i < N; i++)
                         for (int64_t p = 0; p < panels; p++) __builtin_prefetch(y + (r + i) * width + (panel + p) * PANEL, 1, 2);
-                for (int64_t p = 0; p < panels; p++)
-                    add_unpacked<N>(means, unpacked[p], from + r * stride, count, sums[p] + r * PANEL);
+                for (int64_t p = 0; p < panels; p++) add_unpacked<N>(means, unpacked[p], from + r * stride, count, sums[p].row(r));
             });
         }
-        for (int64_t p = 0; p < panels; p++) finish(w, panel + p, sums[p], rows, y, width);
+        for (int64_t p = 0; p < panels; p++)
+            if (!whole(panel + p)) finish(w, panel + p, room[p], rows, y, width);
     }
 
-    static void unpack(Stream<F, UNIT>& from, Unpacked<UNIT>& to) {
-        const uint8_t* codes = from.next();
-        for (int part = 0; part < PARTS; part++) {
-            wide::store(to.scales + part * wide::WIDTH, from.factor(part));
-            if constexpr (minimums) wide::store(to.minimums + part * wide::WIDTH, from.minimum(part));
-        }
+    static void unpack(Packed& stream, int64_t units, Unit* to) {
+        Packed from = stream;
+        for (; units > 0; units--, to++) {
+            const uint8_t* codes = from.next();
+            for (int part = 0; part < PARTS; part++) {
+                wide::store(to->scales + part * wide::WIDTH, from.factor(part));
+                if constexpr (minimums) wide::store(to->minimums + part * wide::WIDTH, from.minimum(part));
+            }
+            if constexpr (!COPIED) {
+                to->at = codes;
+            } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < UNIT / 4; i++) {
-            wide::Ints four[PARTS];
-            dots::load<Stream<F, UNIT>::PACKED>(codes + i * (from.BYTES / (UNIT / 4)), four);
-            std::memcpy(to.codes + i * 4 * PANEL, four, sizeof four);
+                for (int i = 0; i < UNIT / 4; i++) {
+                    wide::Ints four[PARTS];
+                    dots::load<Packed::PACKED>(codes + i * (Packed::BYTES / (UNIT / 4)), four);
+                    for (int part = 0; part < PARTS; part++) wide::store(to->bytes + i * 4 * PANEL + part * sizeof(wide::Ints), four[part]);
+                }
+            }
         }
+        stream = from;
     }
 
     int64_t panels_end() const { return (w.outputs + PANEL - 1) / PANEL; }
-
 
     // Panels [first, last) of some rows.
     void operator()(const uint8_t* x, int64_t rows, int64_t first, int64_t last, float* y, int64_t width) const {

@@ -367,8 +367,8 @@ NB_MODULE(_native, m) {
                             Address k_norm, float eps) {
             new (self) Rope{floats(cos), floats(sin), positions, half, interleaved, floats(q_norm), floats(k_norm), eps};
         });
-    nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address keys, Address values, Address scales, int64_t pages, int64_t page_size, int form) {
-        new (self) KV{at<void>(keys), at<void>(values), at<float>(scales), pages, page_size, static_cast<KVForm>(form)};
+    nb::class_<KV>(m, "KV").def("__init__", [](KV* self, Address numbers, Address scales, int64_t pages, int64_t apart, int64_t page_size, int form) {
+        new (self) KV{at<void>(numbers), at<float>(scales), pages, apart, page_size, static_cast<KVForm>(form)};
     });
     nb::class_<Routing>(m, "Routing").def("__init__", [](Routing* self, int64_t experts, int64_t used, bool renormalize) {
         new (self) Routing{experts, used, renormalize, {}, {}, {}, {}};

@@ -118,15 +118,13 @@ struct Heads {
 // How keys and values are stored: as floats, as IEEE binary16, or as bytes that share a scale in each head of each position.
 enum class KVForm : int { f32 = 0, f16 = 1, int8 = 2 };
 
-// Pages of one layer. Keys lie transposed, values are padded with zeros to whole vectors:
-//   keys    [pages][Hkv][D][page_size]
-//   values  [pages][Hkv][page_size][value_width(D)]
-//   scales  [pages][Hkv][2][page_size], of keys, then of values; null unless they are int8
+// Pages of one layer. Keys lie transposed, values are padded with zeros to whole vectors. What is read together stands together:
+//   numbers  [pages] of [Hkv] of keys [D][page_size], then values [page_size][value_width(D)]; pages stand `apart` numbers from each other
+//   scales   [pages][Hkv][2][page_size], of keys, then of values; null unless they are int8
 struct KV {
-    void* keys;
-    void* values;
+    void* numbers;
     float* scales;
-    int64_t pages, page_size;  // page_size is a multiple of 8
+    int64_t pages, apart, page_size;  // page_size is a multiple of 8
     KVForm form;
 
     HEADRACE_INLINE int64_t value_width(int64_t dim) const { return (dim + 7) / 8 * 8; }

@@ -40,7 +40,7 @@ struct Room {
 }  // namespace
 
 float* Pool::scratch(int slot, size_t floats) {
-    thread_local Room rooms[4];
+    thread_local Room rooms[5];
     return rooms[slot].of(floats);
 }
 

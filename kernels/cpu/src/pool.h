@@ -38,7 +38,7 @@ class Pool {
     // What a job to come reads, its first units the first bytes: only a hint.
     void ahead(std::span<const uint8_t> bytes);
 
-    // Room for `floats` floats that belongs to the calling thread until it asks for the same slot (0 to 3) again. Grows, never shrinks.
+    // Room for `floats` floats that belongs to the calling thread until it asks for the same slot (0 to 4) again. Grows, never shrinks.
     static float* scratch(int slot, size_t floats);
 
   private:

@@ -116,6 +116,8 @@ inline Floats widen(const Float8* p) {
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
+inline void store(uint8_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }
+
 inline Ints ints(const void* p) {
     Ints v;
     std::memcpy(&v, p, sizeof v);
