@@ -130,6 +130,18 @@ def test_a_query_alone_in_a_chunk_or_in_the_whole_prompt_attends_to_the_same_bit
             assert torch.equal(ops.attention(q[rows], heads, part.kv, part.extents, 0.2, window), whole[rows])
 
 
+@pytest.mark.parametrize("heads", [HeadShape(6, 3, 64), HeadShape(12, 6, 128), HeadShape(2, 2, 256)])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
+def test_requests_of_a_token_that_are_read_head_by_head_or_together_see_what_each_would_see_alone(engines, heads, dtype):
+    batch = paged(heads, 16, [1, 700, 64, 65, 255, 256, 257, 30, 513, 90, 128, 2], [1] * 12).stored(dtype)
+    q = batch.query()
+    for ops in engines:
+        all_rows = ops.attention(q, heads, batch.kv, batch.extents, 0.2, None)
+        for request in range(12):
+            rows, part = batch.part(request, 0, 1)
+            assert torch.equal(ops.attention(q[rows], heads, batch.kv, part.extents, 0.2, None), all_rows[rows])
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("dtype", ["f32", "int8"])
 @pytest.mark.parametrize("heads", [HEADS, HeadShape(9, 3, 64), HeadShape(4, 4, 24)])

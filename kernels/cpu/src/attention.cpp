@@ -37,7 +37,7 @@ struct Row {
 };
 
 // Some KV heads that stand side by side.
-struct HeadsOf {
+struct HeadRange {
     int64_t first, count;
 };
 
@@ -53,7 +53,7 @@ struct Room {
 // One split of a tile for some heads, from nothing, to partial(head) of each. `own` is what is read of the tile from there on, unless
 // others bring it to the cache; `next` is what this thread is going to read after that.
 template <class T, class Partials>
-void split_of(const Problem& p, const Tile& tile, HeadsOf heads, int64_t split, const Partials& partial, const Room& room, const Reading& own,
+void split_of(const Problem& p, const Tile& tile, HeadRange heads, int64_t split, const Partials& partial, const Room& room, const Reading& own,
               const Reading& next) {
     alignas(64) float scores[TALL][BLOCK];
     const int64_t sharing = p.sharing(), rows = tile.tokens * sharing, width = p.width();
@@ -162,32 +162,34 @@ class Sums {
     template <class Use>
     void of(std::span<const Tile> tiles, const Use& use) {
         const int64_t kv_heads = p_.heads.kv, cut = long_ones(tiles), most = cut ? tiles[0].own_splits() : 0;
-        float* partials = cut ? Pool::scratch(3, cut * kv_heads * most * floats_) : nullptr;
-        auto partial = [&](int64_t tile, int64_t head, int64_t s) { return at(partials + ((tile * kv_heads + head) * most + s) * floats_); };
+        const int64_t tallest = std::max(TILE_ROWS, p_.sharing());
+        float* partials = cut ? Pool::scratch(3, cut * kv_heads * most * floats_of(tallest)) : nullptr;
+        auto partial = [&](int64_t tile, int64_t head, int64_t s) {
+            return at(partials + ((tile * kv_heads + head) * most + s) * floats_of(tallest), tallest);
+        };
         const std::span<const Unit> units = units_of(tiles, cut);
         auto compute = [&](int64_t number) {
             const Unit& unit = units[number];
             const Tile& tile = tiles[unit.tile];
-            const HeadsOf heads = unit.heads;
+            const HeadRange heads = unit.heads;
             // A thread mostly takes one unit after the other.
             const Reading own = reading_of(tiles, unit), next = number + 1 < std::ssize(units) ? reading_of(tiles, units[number + 1]) : Reading{};
-            const int64_t rows = rows_ * heads.count;
+            const int64_t rows = tile.tokens * p_.sharing(), floats = floats_of(rows), sums = 2 * heads.count * floats;
+            float* scratch = Pool::scratch(2, sums + Room::floats(heads.count * rows, p_.heads.dim));
+            const Room room = Room::at(scratch + sums, heads.count * rows);
             if (unit.split >= 0) {
                 const auto to = [&](int64_t h) { return partial(unit.tile, heads.first + h, unit.split); };
-                const Room room = Room::at(Pool::scratch(2, room_of(heads)), rows);
                 return split_of<T>(p_, tile, heads, tile.first_split + tile.begun + unit.split, to, room, own, next);
             }
-            float* scratch = Pool::scratch(2, 2 * heads.count * floats_ + room_of(heads));
-            const Room room = Room::at(scratch + 2 * heads.count * floats_, rows);
-            const auto sum = [&](int64_t h) { return at(scratch + h * floats_); };
-            const auto more = [&](int64_t h) { return at(scratch + (heads.count + h) * floats_); };
+            const auto sum = [&](int64_t h) { return at(scratch + h * floats, rows); };
+            const auto more = [&](int64_t h) { return at(scratch + (heads.count + h) * floats, rows); };
             if (tile.begun)
                 for (int64_t h = 0; h < heads.count; h++) take_up(tile, heads.first + h, sum(h));
             else
                 split_of<T>(p_, tile, heads, tile.first_split, sum, room, own, next);
             for (int64_t s = std::max<int64_t>(1, tile.begun); s < tile.splits; s++) {
                 split_of<T>(p_, tile, heads, tile.first_split + s, more, room, own, next);
-                for (int64_t h = 0; h < heads.count; h++) merge(tile.tokens * p_.sharing(), p_.width(), sum(h), more(h));
+                for (int64_t h = 0; h < heads.count; h++) merge(rows, p_.width(), sum(h), more(h));
             }
             for (int64_t h = 0; h < heads.count; h++) use(tile, heads.first + h, sum(h));
         };
@@ -199,12 +201,13 @@ class Sums {
         pool_.run(cut * kv_heads, [&](int64_t number) {
             const int64_t which = number / kv_heads, head = number % kv_heads;
             const Tile& tile = tiles[which];
+            const int64_t rows = tile.tokens * p_.sharing();
             Partial sum = partial(which, head, 0);
             if (tile.begun) {
-                sum = at(Pool::scratch(2, floats_));
+                sum = at(Pool::scratch(2, floats_of(rows)), rows);
                 take_up(tile, head, sum);
             }
-            for (int64_t s = tile.begun ? 0 : 1; s < tile.own_splits(); s++) merge(tile.tokens * p_.sharing(), p_.width(), sum, partial(which, head, s));
+            for (int64_t s = tile.begun ? 0 : 1; s < tile.own_splits(); s++) merge(rows, p_.width(), sum, partial(which, head, s));
             use(tile, head, sum);
         });
     }
@@ -220,7 +223,7 @@ class Sums {
     // What a thread computes at a time: some heads of a tile, or of one of its own splits.
     struct Unit {
         int64_t tile;
-        HeadsOf heads;
+        HeadRange heads;
         int64_t split;  // or -1
     };
 
@@ -236,18 +239,20 @@ class Sums {
     }
 
     // Few rows take no longer than what they read, and heads that stand side by side are read faster together: so where there is enough
-    // to do for every thread, a unit has all heads.
+    // to do for every thread, a unit has all heads, or as many as leave room in the second-level cache for what they read next.
     std::span<const Unit> units_of(std::span<const Tile> tiles, int64_t cut) const {
+        constexpr int64_t ROOM = 128 << 10;
         const int64_t kv_heads = p_.heads.kv, enough = p_.batch.tokens == 1 && cut == 0 ? 1 : 4 * pool_.threads();
+        const int64_t together = std::clamp<int64_t>(ROOM / (BLOCK * (p_.heads.dim + p_.width()) * static_cast<int64_t>(sizeof(T))), 1, kv_heads);
         int64_t most = 0, count = 0;
         for (int64_t t = 0; t < std::ssize(tiles); t++) most += kv_heads * (t < cut ? tiles[t].own_splits() : 1);
         Unit* units = reinterpret_cast<Unit*>(Pool::scratch(4, most * sizeof(Unit) / sizeof(float)));
         for (int64_t t = 0; t < std::ssize(tiles); t++) {
             const Tile& tile = tiles[t];
             const int64_t splits = t < cut ? tile.own_splits() : 1, others = t < cut ? splits : std::ssize(tiles);
-            const int64_t each = tile.tokens * p_.sharing() <= ALONE && others >= enough ? kv_heads : 1;
+            const int64_t each = tile.tokens * p_.sharing() <= ALONE && others >= enough ? together : 1;
             for (int64_t head = 0; head < kv_heads; head += each)
-                for (int64_t s = 0; s < splits; s++) units[count++] = {t, {head, each}, t < cut ? s : -1};
+                for (int64_t s = 0; s < splits; s++) units[count++] = {t, {head, std::min(each, kv_heads - head)}, t < cut ? s : -1};
         }
         return {units, static_cast<size_t>(count)};
     }
@@ -256,7 +261,8 @@ class Sums {
     Reading reading_of(std::span<const Tile> tiles, const Unit& unit) const {
         const Tile& tile = tiles[unit.tile];
         if (!tile.listed && tile.tokens < p_.batch.query_start[tile.request + 1] - p_.first_row(tile.request)) return {};
-        const int64_t first = tile.first_split + tile.begun + std::max<int64_t>(unit.split, 0), last = unit.split < 0 ? tile.first_split + tile.splits : first + 1;
+        const int64_t first = tile.first_split + tile.begun + std::max<int64_t>(unit.split, 0);
+        const int64_t last = unit.split < 0 ? tile.first_split + tile.splits : first + 1;
         const int64_t begin = std::max(first * SPLIT, p_.first(tile.token(0)) / BLOCK * BLOCK);
         const int64_t seen = p_.batch.positions[tile.token(tile.tokens - 1)] + 1;
         return {p_.table(tile.request), unit.heads.first, unit.heads.count, begin, std::min(last * SPLIT, seen)};
@@ -272,15 +278,14 @@ class Sums {
         }
     }
 
-    int64_t room_of(HeadsOf heads) const { return Room::floats(heads.count * rows_, p_.heads.dim); }
+    // Floats of a partial sum of so many rows: a multiple of a cache line.
+    int64_t floats_of(int64_t rows) const { return (rows * (p_.width() + 2) + 15) / 16 * 16; }
 
-    Partial at(float* floats) const { return {floats + rows_ * p_.width(), floats}; }
+    Partial at(float* floats, int64_t rows) const { return {floats + rows * p_.width(), floats}; }
 
     Pool& pool_;
     const Problem& p_;
     float* begun_;
-    const int64_t rows_ = std::max(TILE_ROWS, p_.sharing());
-    const int64_t floats_ = (rows_ * (p_.width() + 2) + 15) / 16 * 16;  // of a partial sum: a multiple of a cache line
 };
 
 template <class T>

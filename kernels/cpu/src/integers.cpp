@@ -29,7 +29,7 @@ constexpr int TALL = 8;
 constexpr int64_t FEW = 16, DEPTH = 640, ROWS = 96;
 constexpr int TALL = 8;
 #else
-constexpr int64_t FEW = 8, DEPTH = 640, ROWS = 96;
+constexpr int64_t FEW = 8, DEPTH = 640, ROWS = 192;
 #if defined(__AVX2__)
 constexpr int TALL = 4;
 #else
