@@ -78,6 +78,9 @@ FATAL_GRACE = 0.5
 OPENING = 0
 """The call by which a server shows that it has read the engine's state before it."""
 
+RESUMING = -2
+"""The one by which the scheduler shows that it takes requests again."""
+
 
 class Supervisor:
     """Owns the processes of `children`, which `forks` starts. `on_ready` is called once, with the server's address, when the engine first
@@ -105,6 +108,8 @@ class Supervisor:
         self._pulse = Pulse(self._post, self._children, config.hang_timeout, self._put_down, forks)
         self._undrained: set[str] = set()
         self._all_drained = asyncio.Event()
+        self._resuming: list[Ask] = []
+        """Who wants to hear once the scheduler takes requests again."""
         self._leaving = False
         """Whether the end follows once all is drained."""
         self._reload: asyncio.Task | None = None
@@ -155,6 +160,8 @@ class Supervisor:
                     self._pulse.felt(message)
                 elif call == OPENING:
                     self._opened(message.child)
+                elif call == RESUMING:
+                    self._resumed()
                 else:
                     self._census.collect(message)
             case GetStatus():
@@ -230,6 +237,8 @@ class Supervisor:
             self._turn("ready")
         elif message.child in self._servers:
             self._tell_state(message.child)
+        if message.child == SCHEDULER:
+            self._resumed()
         if self._state in ("draining", "drained") and message.child in (SCHEDULER, *self._servers):
             self._post.send(message.child, Drain())
         if self._all_ready:
@@ -346,6 +355,7 @@ class Supervisor:
         asyncio.get_running_loop().call_later(self._config.drain_timeout, self._end, 0)
 
     def _close_doors(self) -> None:
+        self._resumed()
         self._turn("draining")
         self._ask_to_drain({SCHEDULER, *self._servers})
 
@@ -361,18 +371,29 @@ class Supervisor:
         if self._reload or self._leaving or self._state == "starting":
             self._answer_operator(ask, 409, f"the engine is {self._state}: ask again when it is ready")
         elif ask.what == "drain":
-            if self._state not in ("draining", "drained"):
+            if self._state not in ("draining", "drained") or self._resuming:
                 self._close_doors()
             self._answer_operator(ask, 202)
         elif ask.what == "resume":
             if self._state in ("draining", "drained"):
+                # Servers may open once the scheduler has: what they let in may overtake what is said to it here.
+                self._resuming.append(ask)
                 self._post.send(SCHEDULER, Resume())
-                self._turn("ready" if self._all_ready else "recovering")
-            self._answer_operator(ask, 200)
+                self._post.send(SCHEDULER, Probe(RESUMING))
+            else:
+                self._answer_operator(ask, 200)
         elif self._state != "ready":
             self._answer_operator(ask, 409, f"the engine is {self._state}: it can load another model when it is ready")
         else:
             self._reload = asyncio.get_running_loop().create_task(self._load(ask))
+
+    def _resumed(self) -> None:
+        """The scheduler takes requests again, if that was asked for."""
+        asks, self._resuming = self._resuming, []
+        if asks:
+            self._turn("ready" if self._all_ready else "recovering")
+        for ask in asks:
+            self._answer_operator(ask, 200)
 
     def _answer_operator(self, ask: Ask, status: int, message: str = "") -> None:
         self._post.send(ask.reply_to, Answered(ask.call, status, self._state, message, self._spec.model.name))

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,6 +87,23 @@ def test_what_runs_ends_while_the_engine_drains_and_it_takes_requests_again_when
     assert order(served, "resume")[0] == 200
     assert complete(served, LONG)[1]["choices"][0]["text"] == right
     served.until_empty()
+
+
+def test_servers_let_nobody_in_before_the_scheduler_takes_requests_again(served):
+    assert order(served, "drain")[0] == 202
+    served.until_state("drained")
+    scheduler = served.pids()["scheduler"]
+    with ThreadPoolExecutor() as pool:
+        os.kill(scheduler, signal.SIGSTOP)
+        try:
+            resumed = pool.submit(order, served, "resume")
+            for _ in range(100):
+                assert served.ask("/health/ready")[1]["status"] == "drained"
+            assert complete(served, SHORT)[0] == 503
+        finally:
+            os.kill(scheduler, signal.SIGCONT)
+        assert resumed.result() == (200, {"status": "ready", "model": served.model})
+    assert complete(served, SHORT)[0] == 200
 
 
 def test_draining_can_be_taken_back_before_it_is_done(served):

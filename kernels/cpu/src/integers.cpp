@@ -40,8 +40,8 @@ constexpr int64_t WORTH = 1 << 19;  // multiply-adds that are worth handing to a
 
 constexpr int SIDE = 2;             // panels that are unpacked together: each few rows of x are read once for all of them
 
-// Whether codes that are stored as bytes are read where they stand. Headers are odd multiples of 32 bytes, so that every vector of 64
-// would lie on two cache lines.
+// Whether codes that are stored as bytes are read where they stand: from every 32nd byte on, so that vectors of 64 would lie on two cache
+// lines.
 constexpr bool IN_PLACE = wide::WIDTH * 4 <= 32;
 
 // A unit of inputs of a panel, unpacked: scales, minimums, and a byte a code, for 4 inputs at a time.
