@@ -37,6 +37,7 @@ from headrace.engine.checkpoint.card import ModelFiles
 from headrace.engine.checkpoint.resolve import resolve
 from headrace.engine.children import Census, Child, ChildSpec, engine_children
 from headrace.engine.config import Config
+from headrace.engine.doors import RESUMING, Doors
 from headrace.engine.errors import UserError
 from headrace.engine.fork_server import ForkServer
 from headrace.engine.messages.lifecycle import (
@@ -53,7 +54,6 @@ from headrace.engine.messages.lifecycle import (
     PeerDied,
     Probe,
     Restart,
-    Resume,
     Snapshot,
     Started,
 )
@@ -77,9 +77,6 @@ FATAL_GRACE = 0.5
 
 OPENING = 0
 """The call by which a server shows that it has read the engine's state before it."""
-
-RESUMING = -2
-"""The one by which the scheduler shows that it takes requests again."""
 
 
 class Supervisor:
@@ -106,10 +103,7 @@ class Supervisor:
         self._rejected = self._metrics.counter(REJECTED_FRAMES, REJECTED_FRAMES_HELP, (("process", SUPERVISOR),))
         self._census = Census(self._post, self._children, self._metrics, lambda: self._state)
         self._pulse = Pulse(self._post, self._children, config.hang_timeout, self._put_down, forks)
-        self._undrained: set[str] = set()
-        self._all_drained = asyncio.Event()
-        self._resuming: list[Ask] = []
-        """Who wants to hear once the scheduler takes requests again."""
+        self._doors = Doors(self._post)
         self._leaving = False
         """Whether the end follows once all is drained."""
         self._reload: asyncio.Task | None = None
@@ -161,15 +155,13 @@ class Supervisor:
                 elif call == OPENING:
                     self._opened(message.child)
                 elif call == RESUMING:
-                    self._resumed()
+                    self._doors.opened()
                 else:
                     self._census.collect(message)
             case GetStatus():
                 self._census.ask(message)
             case Drained():
-                self._undrained.discard(message.child)
-                if not self._undrained:
-                    self._all_drained.set()
+                if self._doors.drained(message.child):
                     if self._leaving:
                         self._end(0)
                     elif self._state == "draining":
@@ -238,7 +230,7 @@ class Supervisor:
         elif message.child in self._servers:
             self._tell_state(message.child)
         if message.child == SCHEDULER:
-            self._resumed()
+            self._doors.opened()
         if self._state in ("draining", "drained") and message.child in (SCHEDULER, *self._servers):
             self._post.send(message.child, Drain())
         if self._all_ready:
@@ -355,14 +347,8 @@ class Supervisor:
         asyncio.get_running_loop().call_later(self._config.drain_timeout, self._end, 0)
 
     def _close_doors(self) -> None:
-        self._resumed()
+        self._doors.close({SCHEDULER, *self._servers})
         self._turn("draining")
-        self._ask_to_drain({SCHEDULER, *self._servers})
-
-    def _ask_to_drain(self, names: set[str]) -> None:
-        self._undrained = set(names)
-        for name in names:
-            self._post.send(name, Drain())
 
     # What operators ask for
 
@@ -371,15 +357,12 @@ class Supervisor:
         if self._reload or self._leaving or self._state == "starting":
             self._answer_operator(ask, 409, f"the engine is {self._state}: ask again when it is ready")
         elif ask.what == "drain":
-            if self._state not in ("draining", "drained") or self._resuming:
+            if self._state not in ("draining", "drained") or self._doors.opening:
                 self._close_doors()
             self._answer_operator(ask, 202)
         elif ask.what == "resume":
             if self._state in ("draining", "drained"):
-                # Servers may open once the scheduler has: what they let in may overtake what is said to it here.
-                self._resuming.append(ask)
-                self._post.send(SCHEDULER, Resume())
-                self._post.send(SCHEDULER, Probe(RESUMING))
+                self._doors.open(lambda: self._resumed(ask))
             else:
                 self._answer_operator(ask, 200)
         elif self._state != "ready":
@@ -387,13 +370,9 @@ class Supervisor:
         else:
             self._reload = asyncio.get_running_loop().create_task(self._load(ask))
 
-    def _resumed(self) -> None:
-        """The scheduler takes requests again, if that was asked for."""
-        asks, self._resuming = self._resuming, []
-        if asks:
-            self._turn("ready" if self._all_ready else "recovering")
-        for ask in asks:
-            self._answer_operator(ask, 200)
+    def _resumed(self, ask: Ask) -> None:
+        self._turn("ready" if self._all_ready else "recovering")
+        self._answer_operator(ask, 200)
 
     def _answer_operator(self, ask: Ask, status: int, message: str = "") -> None:
         self._post.send(ask.reply_to, Answered(ask.call, status, self._state, message, self._spec.model.name))
@@ -424,18 +403,18 @@ class Supervisor:
         if self._state != "ready":
             return 409, f"the engine is {self._state}: it can load another model when it is ready"
         # Servers first, which hold back what is new; then the scheduler, which has other clients too.
-        self._undrained = set(self._servers)
-        self._all_drained.clear()
+        self._doors.expect(self._servers)
         self._turn("reloading")
         limit = asyncio.get_running_loop().time() + self._config.drain_timeout
         try:
             async with asyncio.timeout_at(limit):
-                await self._all_drained.wait()
-                self._all_drained.clear()
-                self._ask_to_drain({SCHEDULER})
-                await self._all_drained.wait()
+                await self._doors.emptied()
+                self._doors.close({SCHEDULER})
+                await self._doors.emptied()
         except TimeoutError:
-            self._post.send(SCHEDULER, Resume())
+            opened = asyncio.Event()
+            self._doors.open(opened.set)
+            await opened.wait()
             return 504, f"requests were still running after {self._config.drain_timeout:g} s (--drain-timeout): the model stays"
         if self._state != "reloading":
             return 409, f"the engine is {self._state}: the model stays"

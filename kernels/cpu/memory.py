@@ -5,6 +5,7 @@ Weights pass through a step once, faster than the processor finds out where ordi
 """
 
 import contextlib
+import math
 import mmap
 
 import numpy as np
@@ -33,6 +34,12 @@ class Memory:
         return room
 
 
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """From a cache line's boundary on, in pages that the system hands out one by one when they are first written."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return _from_boundary(np.zeros(nbytes + LINE, np.uint8), LINE, nbytes).view(dtype).reshape(shape)
+
+
 def in_huge_pages(mapping: mmap.mmap) -> None:
     """Ask for huge pages. Nothing happens where there are none."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -44,6 +51,9 @@ def _region(nbytes: int) -> np.ndarray:
     """Memory from a huge page's boundary on."""
     mapping = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     in_huge_pages(mapping)
-    region = np.frombuffer(mapping, np.uint8)
-    start = -region.ctypes.data % HUGE
-    return region[start : start + nbytes]
+    return _from_boundary(np.frombuffer(mapping, np.uint8), HUGE, nbytes)
+
+
+def _from_boundary(room: np.ndarray, boundary: int, nbytes: int) -> np.ndarray:
+    start = -room.ctypes.data % boundary
+    return room[start : start + nbytes]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from headrace.kernels.cpu import _native
-from headrace.kernels.cpu.memory import LINE
+from headrace.kernels.cpu.memory import zeros
 from headrace.kernels.ops import HeadShape
 
 _LANES = 8
@@ -29,14 +29,13 @@ class Pages:
         """Those of every layer, filled with zeros. ValueError for a page size that is no multiple of 8."""
         if page_size % _LANES:
             raise ValueError(f"pages of {page_size} tokens have no native kernel: use a multiple of {_LANES}")
-        keys, values = (heads.dim, page_size), (page_size, _padded(heads.dim))
-        numbers = _zeros((pages, layers, heads.kv_heads, keys[0] * keys[1] + values[0] * values[1]), TYPES[dtype])
+        width, keys = _padded(heads.dim), heads.dim * page_size
+        numbers = zeros((pages, layers, heads.kv_heads, keys + page_size * width), TYPES[dtype])
         scales = np.zeros((layers, pages, heads.kv_heads, 2, page_size), np.float32) if dtype == "int8" else None
-        shape = (pages, heads.kv_heads)
         return [
             cls(
-                numbers[:, layer, :, : keys[0] * keys[1]].reshape(*shape, *keys),
-                numbers[:, layer, :, keys[0] * keys[1] :].reshape(*shape, *values),
+                numbers[:, layer, :, :keys].reshape(pages, heads.kv_heads, heads.dim, page_size),
+                numbers[:, layer, :, keys:].reshape(pages, heads.kv_heads, page_size, width),
                 None if scales is None else scales[layer],
             )
             for layer in range(layers)
@@ -49,14 +48,35 @@ class Pages:
         return (self.keys.nbytes + self.values.nbytes + scales) // (self.keys.shape[0] * self.keys.shape[-1])
 
     def checked(self, heads: HeadShape) -> _native.KV:
-        """The pages as the kernels know them. ValueError where they were made for other heads."""
-        pages, kv_heads, dim, page_size = self.keys.shape
-        if (kv_heads, dim) != (heads.kv_heads, heads.dim):
-            raise ValueError(f"pages were made for {kv_heads} KV heads of {dim}, not for {heads.kv_heads} of {heads.dim}")
-        form = list(TYPES.values()).index(self.keys.dtype)
-        apart = self.keys.strides[0] // self.keys.itemsize
+        """The pages as the kernels know them. ValueError where they were made for other heads, or do not lie as above."""
+        pages, page_size, dtype = self.keys.shape[0], self.keys.shape[-1], self.keys.dtype
+        types = list(TYPES.values())
+        if dtype not in types:
+            raise ValueError(f"pages cannot be of {dtype}: choose one of {', '.join(TYPES)}")
+        if (dtype == np.int8) != (self.scales is not None):
+            raise ValueError(f"pages of {dtype} with{'out' if self.scales is None else ''} scales")
+        width, item = _padded(heads.dim), dtype.itemsize
+        keys = heads.dim * page_size
+        head, apart = (keys + page_size * width) * item, self.keys.strides[0]
+        # name, array, dtype, shape, strides in bytes
+        arrays = [
+            ("keys", self.keys, dtype, (pages, heads.kv_heads, heads.dim, page_size), (apart, head, page_size * item, item)),
+            ("values", self.values, dtype, (pages, heads.kv_heads, page_size, width), (apart, head, width * item, item)),
+        ]
+        if self.scales is not None:
+            strides = (heads.kv_heads * page_size * 8, page_size * 8, page_size * 4, 4)
+            arrays.append(("scales", self.scales, np.dtype(np.float32), (pages, heads.kv_heads, 2, page_size), strides))
+        for name, x, wanted, shape, _ in arrays:
+            if x.dtype != wanted or x.shape != shape:
+                raise ValueError(f"{name} must be {wanted} {list(shape)}, it is {x.dtype} {list(x.shape)}")
+        for name, x, _, shape, strides in arrays:
+            # Along an axis of one there is no next to be anywhere.
+            if any(size > 1 and found != wanted for size, found, wanted in zip(shape, x.strides, strides, strict=True)):
+                raise ValueError(f"{name} must have strides of {list(strides)} bytes, it has {list(x.strides)}")
+        if self.values.ctypes.data != self.keys.ctypes.data + keys * item:
+            raise ValueError("values must stand behind the keys of their head")
         scales = 0 if self.scales is None else self.scales.ctypes.data
-        return _native.KV(self.keys.ctypes.data, scales, pages, apart, page_size, form)
+        return _native.KV(self.keys.ctypes.data, scales, pages, apart // item, page_size, types.index(dtype))
 
 
 def page_bytes(layers: int, page_size: int, heads: HeadShape, dtype: str) -> int:
@@ -67,11 +87,3 @@ def page_bytes(layers: int, page_size: int, heads: HeadShape, dtype: str) -> int
 
 def _padded(dim: int) -> int:
     return -(-dim // _LANES) * _LANES
-
-
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """From a cache line's boundary on."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    room = np.zeros(nbytes + LINE, np.uint8)
-    start = -room.ctypes.data % LINE
-    return room[start : start + nbytes].view(dtype).reshape(shape)

@@ -1,6 +1,7 @@
 """Ops on tensors, one at a time, as tests want them: the native backend's each on a tape of its own, the reference's as they are."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -134,11 +135,13 @@ def _pages(kv: KVPages):
     """A copy of the reference's pages, laid out for the native ops."""
     from headrace.kernels.cpu.pages import TYPES, Pages
 
-    count, heads, page_size, dim = kv.keys.shape
-    dtype = next(name for name, each in TYPES.items() if each == kv.keys.numpy().dtype)
-    (pages,) = Pages.new(1, count, page_size, HeadShape(heads, heads, dim), dtype)
-    pages.keys[:] = kv.keys.transpose(2, 3).numpy()
-    pages.values[..., :dim] = kv.values.numpy()
-    if kv.scales is not None:
-        pages.scales[:] = kv.scales.numpy()
-    return pages
+    keys, padding = kv.keys.transpose(2, 3).numpy(), -kv.values.shape[-1] % 8
+    values = torch.nn.functional.pad(kv.values, (0, padding)).numpy()
+    scales = None if kv.scales is None else kv.scales.numpy().copy()
+    if (kv.keys.shape, kv.keys.dtype) != (kv.values.shape, kv.values.dtype):
+        return Pages(keys, values, scales)  # as wrong as they come
+    number, heads, dim, page_size = keys.shape
+    dtype = next(name for name, each in TYPES.items() if each == keys.dtype)
+    (pages,) = Pages.new(1, number, page_size, HeadShape(heads, heads, dim), dtype)
+    pages.keys[:], pages.values[:] = keys, values
+    return replace(pages, scales=scales)

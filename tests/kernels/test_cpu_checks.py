@@ -13,6 +13,8 @@ from tests.kernels.eager import NativeOps
 from tests.kernels.paged import dense, grouped_int, int32, paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
+from headrace.kernels.cpu.pages import Pages  # noqa: E402
+
 OPS = NativeOps(1)
 HEADS = HeadShape(4, 2, 16)
 BATCH = paged(HEADS, 8, [20, 9], [3, 1])
@@ -75,8 +77,10 @@ def test_a_simple_op_refuses_what_does_not_fit(name, attempt):
         ("query heads", {"heads": HeadShape(4, 3, 16)}),
         ("window", {"window": 0}),
         ("window", {"window": -5}),
-        ("3 KV heads of 16", {"kv": pages(keys=random(8, 3, 8, 16), values=random(8, 3, 8, 16))}),
-        ("2 KV heads of 8", {"kv": pages(keys=random(8, 2, 8, 8), values=random(8, 2, 8, 8))}),
+        ("keys", {"kv": pages(keys=BATCH.kv.keys.transpose(1, 2))}),
+        ("keys", {"kv": pages(keys=random(8, 3, 8, 16), values=random(8, 3, 8, 16))}),
+        ("values", {"kv": pages(values=BATCH.kv.values[:3])}),
+        ("values", {"kv": pages(values=random(8, 2, 8, 8))}),
         ("positions", {"extents": extents(positions=BATCH.extents.positions.long())}),
         ("positions", {"extents": extents(positions=int32([1, 2, 3]))}),
         ("positions", {"extents": extents(positions=int32([17, 18, 19, -1]))}),
@@ -97,6 +101,15 @@ def test_attention_refuses_what_does_not_fit(name, changes):
         attention(**changes)
 
 
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_pages_that_do_not_lie_as_kernels_read_them_are_refused(name):
+    right, other = Pages.new(2, 8, 8, HEADS)
+    right.checked(HEADS)
+    for wrong in (getattr(right, name).copy(), getattr(other, name)):
+        with pytest.raises(ValueError, match=rf"\b{name}\b"):
+            dataclasses.replace(right, **{name: wrong}).checked(HEADS)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -109,7 +122,7 @@ def test_attention_refuses_what_does_not_fit(name, changes):
         ("slots", {"extents": extents(slots=int32([0, 1, 2, len(BATCH.kv.keys) * 8]))}),
         ("slots", {"extents": extents(slots=int32([0, -1, 2, 3]))}),
         ("slots", {"extents": extents(slots=BATCH.extents.slots.long())}),
-        ("3 KV heads of 16", {"kv": pages(keys=random(8, 3, 8, 16), values=random(8, 3, 8, 16))}),
+        ("values", {"kv": pages(values=BATCH.kv.values.double())}),
     ],
 )
 def test_rope_refuses_what_does_not_fit(name, changes):
