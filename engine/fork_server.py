@@ -252,7 +252,11 @@ def _live(wanted: Bear, channel: socket.socket, death_fd: int) -> NoReturn:
         setproctitle(f"headrace {wanted.name} {wanted.run_dir}")
         os.setsid()
         with channel:
-            channel.send(encode(Born(wanted.incarnation, os.getpid())))
+            try:
+                channel.send(encode(Born(wanted.incarnation, os.getpid())))
+            except BrokenPipeError:
+                # The engine has ended meanwhile, or has given up on its fork server's last words.
+                os._exit(0)
         entry = importlib.import_module(wanted.module).ROLE
         status = entry.run(Path(wanted.run_dir), wanted.name, wanted.incarnation, death_fd)
     except BaseException:

@@ -190,7 +190,7 @@ def test_chat_through_a_pipe_is_one_answer_a_line(served):
 
 
 def test_curl_as_the_readme_shows_it(served):
-    body = {"messages": [{"role": "user", "content": "Name three rivers."}], "stream": True, "max_tokens": 8}
+    body = {"messages": [{"role": "user", "content": "Name three rivers."}], "stream": True, "temperature": 0, "max_tokens": 8}
     words = ["curl", "-sN", f"{served.url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
     try:
         shown = subprocess.run(words, capture_output=True, text=True, timeout=60).stdout

@@ -4,12 +4,16 @@ import asyncio
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from headrace.engine.fork_server import ForkServer
-from headrace.engine.messages.lifecycle import Born
+from headrace.engine.messages.lifecycle import Bear, Born
+from headrace.engine.messages.wire import encode
 from tests.engine.test_supervisor import Engine, engine, folder, gone  # noqa: F401
 
 NEWBORN = "tests.engine.newborn"
@@ -71,6 +75,23 @@ async def test_a_module_that_cannot_be_imported_is_its_childrens_trouble(nursery
 async def test_a_role_that_fails_ends_alone(nursery):
     assert (await nursery.bear("raises", 1))[0] == 1
     assert (await nursery.bear("some-role", 2))[0] == 2, "nobody else is affected"
+
+
+def test_a_child_born_after_the_engines_end_goes_in_silence(tmp_path):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    death, engine_lives = os.pipe()
+    with theirs:
+        # Nobody will hear that it is born.
+        with ours:
+            ours.send(encode(Bear(NEWBORN, str(tmp_path), "some-role", 1)))
+        os.close(engine_lives)
+        command = [sys.executable, "-m", "headrace.engine.fork_server", str(theirs.fileno()), str(death)]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno(), death], stderr=subprocess.PIPE)
+    os.close(death)
+    # The end of stderr is the child's as well.
+    assert process.communicate(timeout=30)[1] == b""
+    assert process.returncode == 0
+    assert list(tmp_path.iterdir()) == [], "it never began"
 
 
 async def test_after_its_death_another_one_forks(nursery):
