@@ -42,6 +42,9 @@ class TextStream:
         held = self._held + spelled
         text, used = utf_8_decode(held, "replace", False)
         self._held = held[used:]
+        if b"\xed\xa0" <= self._held < b"\xee":
+            # Python waits for the third byte of a surrogate, which is no character.
+            text, self._held = text + "\ufffd\ufffd", b""
         while self._strip and text:
             self._strip = self._strip - 1 if text[0] == " " else 0
             text = text.removeprefix(" ") if text[0] == " " else text

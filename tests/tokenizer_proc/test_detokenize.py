@@ -65,6 +65,15 @@ def test_bytes_that_are_no_character_are_replaced_once_that_is_certain():
     assert streamed(tokenizer, ids) == ["", "", "\ufffdt", "\ufffd", "", "", "€"]
 
 
+def test_what_no_character_begins_with_is_not_waited_for():
+    tokenizer = samples.from_metadata(samples.sentencepiece_metadata(False))
+    beginnings = {chr(code).encode()[:2] for code in [*range(0xD800), *range(0xE000, 0x110000)] if code >= 0x800}
+    for lead in range(0xE0, 0x100):
+        for second in range(0x80, 0xC0):
+            pieces = streamed(tokenizer, [tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in (lead, second)])
+            assert "".join(pieces) == ("" if bytes([lead, second]) in beginnings else "\ufffd\ufffd")
+
+
 def test_the_first_space_of_sentencepiece_is_kept_after_a_prompt_and_dropped_without_one():
     tokenizer = samples.from_metadata(samples.sentencepiece_metadata())
     ids = tokenizer.encode("the cat", add_special=False)
