@@ -1,4 +1,8 @@
-"""What all tests share: no setting of the developer's shell reaches them, property tests know no stopwatch."""
+"""What all tests share: no setting of the developer's shell reaches them, property tests know no stopwatch.
+
+In the short tier property tests try the same examples every time, so that it fails for what has changed alone; the long one looks for new
+ones.
+"""
 
 import atexit
 import os
@@ -11,7 +15,7 @@ from hypothesis import settings
 
 # The machine that runs the tests is shared: how long an example takes says nothing.
 settings.register_profile("headrace", deadline=None, print_blob=True)
-settings.load_profile("headrace")
+settings.register_profile("short", settings.get_profile("headrace"), derandomize=True, database=None)
 
 STARTING_PROCESSES = ("client", "e2e", "engine", "scripts", "server", "tokenizer_proc")
 """Folders whose tests start processes, and whose files are run one after the other, beside those of the others: engines that are killed
@@ -29,6 +33,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 for name in [name for name in os.environ if name.startswith("HEADRACE_") and name != TEST_MARK]:
     del os.environ[name]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("short" if config.option.markexpr == "not slow" else "headrace")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 `src/` has one op a file, compiled for each instruction set and chosen when the extension is loaded. `packed.py` packs weights when
 a model is loaded for the first time, into memory in huge pages (`memory.py`), and `store.py` keeps them; `recorder.py` puts the model's
-ops on a tape that a step replays in one call, on threads of its own; `sampling.py` has the same threads choose the tokens.
+ops on a tape (`tape.py`) that a step replays in one call, on threads of its own; `sampling.py` has the same threads choose the tokens.
 """
 
 import hashlib

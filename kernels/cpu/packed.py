@@ -72,6 +72,11 @@ class Part(NamedTuple):
         return self.experts * self.native(0, 0, "f32", None).size
 
     @property
+    def codes(self) -> "Codes":
+        """What it is multiplied with where that is int8."""
+        return Codes(self.inputs, min(self.group, _QUANTUM), self.minimums)
+
+    @property
     def fits_bf16(self) -> bool:
         """Whether its numbers are exact in bfloat16, scales apart, and not in int8."""
         return self.form in (_BF16, _E4M3)
@@ -94,6 +99,21 @@ class Part(NamedTuple):
         return self.form in (_INT8, _INT6, _INT4)
 
 
+class Codes(NamedTuple):
+    """Rows of `inputs` as int8; see `Linear` and what follows it in src/ops.h."""
+
+    inputs: int
+    unit: int
+    """Inputs that share a sum."""
+    scaled: bool
+    """Whether sums are multiplied with their scale."""
+
+    @property
+    def floats(self) -> int:
+        """The size of a row."""
+        return self.inputs // _QUANTUM * (1 + _QUANTUM // self.unit + _QUANTUM // 4)
+
+
 class Packed:
     """A layer's weight [N, K], or those of several experts, bound to where the panels lie."""
 
@@ -110,6 +130,11 @@ class Packed:
         self._panels, self._bias = [panels for _, panels in parts], bias
         self.activations = next((one for one in activations if one != "f32"), "f32")
         """What it is multiplied with, in the main."""
+        codes = {part.codes if wanted == "int8" else None for (part, _), wanted in zip(parts, activations, strict=True)}
+        self.codes: Codes | None = codes.pop() if len(codes) == 1 else None
+        """The rows of int8 that all parts are multiplied with, if they are."""
+        self.one_part = len(parts) == 1
+        """Whether one kernel can take a half of its outputs with the other."""
         self.name = f"{'+'.join(dict.fromkeys(part.name for part, _ in parts))} × {self.activations}"
         self._natives: list[_native.Linear] = []
         following, end = None, self.outputs

@@ -1,10 +1,9 @@
 """Records a model's ops on a native tape, and is the program that replays it.
 
-    model.forward(recorder, …) ─▶ Op, Op, Op …  over Values ─▶ places for the values ─▶ native tape ─▶ CpuProgram.run(batch)
+    model.forward(recorder, …) ─▶ ops over Values ─▶ neighbours joined ─▶ places for the values ─▶ native tape ─▶ CpuProgram.run(batch)
+                                                  └────────────── tape.py ─────────────┘
 
-A `Value` is what an op would give: so many floats a row, for rows that are not there yet. When all ops are known, so is how long each value
-is needed, and values that are never needed together share a place. Shapes are checked here, once; what the arrays of a step say is
-checked by the tape before every run.
+Shapes are checked here, once; what the arrays of a step say is checked by the tape before every run.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,21 +13,10 @@ from typing import Any
 import numpy as np
 
 from headrace.kernels.cpu import _native
-from headrace.kernels.cpu.packed import Packed
+from headrace.kernels.cpu.packed import Codes, Packed
 from headrace.kernels.cpu.pages import Pages
+from headrace.kernels.cpu.tape import PICKS, TOKENS, Op, Value, Work, joined, places
 from headrace.kernels.ops import Batch, HeadShape, Model, RopeTable
-
-TOKENS, PICKS = 0, 1
-"""The two kinds of rows: the step's tokens, and those of them that were picked."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Value:
-    """A float32 matrix [rows, width] of every step to come."""
-
-    rows: int
-    """TOKENS or PICKS."""
-    width: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,38 +33,14 @@ class Routed:
         return self.weights.width
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What an op does in a step, for those who time it. A position is one that a row (operations) or a request (bytes) sees."""
-
-    op: str
-    shape: str = ""
-    row_operations: int = 0
-    position_operations: int = 0
-    numbers: str = "f32"
-    """What the operations are on: "f32", "int8" or "bf16"."""
-    fixed_bytes: int = 0
-    row_bytes: int = 0
-    position_bytes: int = 0
-    picked: bool = False
-    """Whether its rows are those that were picked."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Op:
-    work: Work
-    reads: tuple[Value, ...]
-    writes: tuple[Value, ...]
-    put: Callable[[_native.Program, Callable[[Value], _native.Place]], None]
-    """Puts the op on the tape, given where its values stand."""
-
-
 class Recorder:
     """`headrace.kernels.ops.Ops`, whose docstrings hold here. ValueError for shapes that do not fit."""
 
     def __init__(self) -> None:
-        self._ops: list[_Op] = []
+        self._ops: list[Op] = []
         self._inputs: list[Value] = []
+        self._codes: dict[tuple[Value, Codes], Value] = {}
+        """What was quantized, and how: those who read the same read it together."""
 
     def input(self, width: int) -> Value:
         """A matrix of TOKENS rows that is given to every run, in the order in which they were asked for here."""
@@ -91,21 +55,31 @@ class Recorder:
         return y
 
     def rmsnorm(self, x: Value, weight: np.ndarray, eps: float) -> Value:
-        y = Value(x.rows, x.width)
         address = _vector("weight", weight, x.width)
-        self._record(_moves("rmsnorm", x, y), (x,), (y,), lambda tape, at: tape.rmsnorm(at(x), address, eps, x.width, at(y)))
+
+        def to(y: Value, reader: Packed | None) -> Op:
+            native = reader and reader.native
+            return Op(_moves("rmsnorm", x, y), (x,), (y,), lambda tape, at: tape.rmsnorm(at(x), address, eps, x.width, native, at(y)))
+
+        y = Value(x.rows, x.width)
+        self._ops.append(replace(to(y, None), quantized=to))
         return y
 
     def add_rmsnorm(self, x: Value, residual: Value, weight: np.ndarray, eps: float) -> tuple[Value, Value]:
         _alike(x, residual)
         y, total = Value(x.rows, x.width), Value(x.rows, x.width)
         address = _vector("weight", weight, x.width)
-        self._record(
-            _moves("add_rmsnorm", x, residual, y, total),
-            (x, residual),
-            (y, total),
-            lambda tape, at: tape.add_rmsnorm(at(x), at(residual), address, eps, x.width, at(total), at(y)),
-        )
+
+        def to(y: Value, reader: Packed | None) -> Op:
+            native = reader and reader.native
+            return Op(
+                _moves("add_rmsnorm", x, residual, y, total),
+                (x, residual),
+                (y, total),
+                lambda tape, at: tape.add_rmsnorm(at(x), at(residual), address, eps, x.width, at(total), native, at(y)),
+            )
+
+        self._ops.append(replace(to(y, None), quantized=to))
         return y, total
 
     def add(self, x: Value, residual: Value) -> Value:
@@ -118,25 +92,56 @@ class Recorder:
         if x.width != weight.inputs:
             raise ValueError(f"x has {x.width} columns, the weight has {weight.inputs} inputs")
         y = Value(x.rows, weight.outputs)
-        work = Work(
-            "linear",
-            f"{weight.outputs}×{weight.inputs} {weight.name}",
-            row_operations=2 * weight.outputs * weight.inputs,
-            numbers=weight.activations,
-            fixed_bytes=weight.nbytes,
-            row_bytes=4 * (x.width + y.width),
+        if weight.codes is None:
+            work = _product("linear", weight, x, y)
+            self._record(work, (x,), (y,), lambda tape, at: tape.linear(weight.native, at(x), at(y)))
+            return y
+        codes = self._quantized(x, weight, weight.codes)
+        self._ops.append(
+            Op(
+                _product("linear", weight, codes, y),
+                (codes,),
+                (y,),
+                lambda tape, at: tape.linear_codes(weight.native, at(codes), at(y)),
+                factors=(codes, weight) if weight.one_part else None,
+            )
         )
-        self._record(work, (x,), (y,), lambda tape, at: tape.linear(weight.native, at(x), at(y)))
         return y
+
+    def _quantized(self, x: Value, reader: Packed, wanted: Codes) -> Value:
+        """The codes of x that this weight is multiplied with."""
+        if (codes := self._codes.get((x, wanted))) is None:
+            codes = self._codes[x, wanted] = Value(x.rows, wanted.floats)
+            self._ops.append(
+                Op(
+                    _moves("quantize", x, codes),
+                    (x,),
+                    (codes,),
+                    lambda tape, at: tape.quantize(reader.native, at(x), at(codes)),
+                    after=lambda before: before.quantized and before.quantized(codes, reader),
+                )
+            )
+        return codes
 
     def gated(self, gate_up: Value, activation: str) -> Value:
         if activation not in ("silu", "gelu_tanh"):
             raise ValueError(f'activation "{activation}" is not known: use "silu" or "gelu_tanh"')
         if gate_up.width % 2:
             raise ValueError(f"gate_up has {gate_up.width} columns, it must have two equal halves")
-        y = Value(gate_up.rows, gate_up.width // 2)
-        gelu = activation == "gelu_tanh"
-        self._record(_moves("gated", gate_up, y), (gate_up,), (y,), lambda tape, at: tape.gated(at(gate_up), y.width, gelu, 1, at(y)))
+        width, gelu = gate_up.width // 2, activation == "gelu_tanh"
+
+        def to(y: Value, reader: Packed | None) -> Op:
+            native = reader and reader.native
+            return Op(
+                _moves("gated", gate_up, y),
+                (gate_up,),
+                (y,),
+                lambda tape, at: tape.gated(at(gate_up), width, gelu, 1, native, at(y)),
+                after=lambda before: reader and _linear_gated(before, gelu, reader, y),
+            )
+
+        y = Value(gate_up.rows, width)
+        self._ops.append(replace(to(y, None), quantized=to))
         return y
 
     def route(self, x: Value, router: Packed, used: int, renormalize: bool) -> Routed:
@@ -175,7 +180,7 @@ class Recorder:
             _moves("gated", halves, inner),
             (halves,),
             (inner,),
-            lambda tape, at: tape.gated(at(halves), down.inputs, gelu, used, at(inner)),
+            lambda tape, at: tape.gated(at(halves), down.inputs, gelu, used, None, at(inner)),
         )
         self._record(
             _of_experts(down, used, inner, outer),
@@ -244,9 +249,12 @@ class Recorder:
         return y
 
     def program(self, engine: _native.Engine, outputs: Sequence[Value]) -> tuple[_native.Program, Callable[[Value], _native.Place]]:
-        """A tape of all that was recorded, and where `outputs` stand on it, which are kept to the end."""
+        """A tape of all that was recorded, and where `outputs` stand on it, which are kept to the end. Nothing more can be recorded."""
+        self._ops = joined(self._ops, outputs)
+        starts, sizes = places(self._ops, outputs)
         tape = _native.Program(engine)
-        starts = self._starts(outputs, tape)
+        for rows, size in enumerate(sizes):
+            tape.reserve(rows, size)
 
         def at(value: Value) -> _native.Place:
             return _native.Place(value.rows, starts[value])
@@ -260,33 +268,7 @@ class Recorder:
         return [replace(op.work, picked=rows == PICKS) for rows in (TOKENS, PICKS) for op in self._ops if op.writes[0].rows == rows]
 
     def _record(self, work: Work, reads: tuple[Value, ...], writes: tuple[Value, ...], put: Any) -> None:
-        self._ops.append(_Op(work, reads, writes, put))
-
-    def _starts(self, outputs: Sequence[Value], tape: _native.Program) -> dict[Value, int]:
-        """Where each value stands: the first gap that is free from its op to the last that reads it."""
-        last = {value: index for index, op in enumerate(self._ops) for value in (*op.writes, *op.reads)}
-        # What the picked rows are taken from is read whenever others are picked.
-        last |= {value: len(self._ops) for value in outputs}
-        last |= {value: len(self._ops) for op in self._ops for value in op.reads if op.writes[0].rows != value.rows}
-        starts: dict[Value, int] = {}
-        used, sizes = ([], []), [0, 0]
-        for index, op in enumerate(self._ops):
-            for value in op.writes:
-                taken, size = used[value.rows], -(-value.width // _native.ALIGN) * _native.ALIGN
-                start = 0
-                for begin, end, _ in taken:
-                    if begin - start >= size:
-                        break
-                    start = end
-                starts[value] = start
-                taken.append((start, start + size, value))
-                taken.sort(key=lambda one: one[0])
-                sizes[value.rows] = max(sizes[value.rows], start + size)
-            for taken in used:
-                taken[:] = [one for one in taken if last[one[2]] > index]
-        for rows, size in enumerate(sizes):
-            tape.reserve(rows, size)
-        return starts
+        self._ops.append(Op(work, reads, writes, put))
 
 
 class CpuProgram:
@@ -321,6 +303,30 @@ class CpuProgram:
     def times(self) -> list[tuple[Work, int]]:
         """Nanoseconds that each op took in all runs since this was called last, in the order of the tape. From the first call on."""
         return [(work, spent) for work, (_, spent) in zip(self._works, self._tape.times(), strict=True)]
+
+
+def _linear_gated(product: Op, gelu: bool, reader: Packed, y: Value) -> Op | None:
+    """A product whose result is gated and quantized at once."""
+    if product.factors is None:
+        return None
+    codes, gate_up = product.factors
+    return Op(
+        _product("linear_gated", gate_up, codes, y),
+        (codes,),
+        (y,),
+        lambda tape, at: tape.linear_gated(gate_up.native, at(codes), gelu, reader.native, at(y)),
+    )
+
+
+def _product(op: str, weight: Packed, x: Value, y: Value) -> Work:
+    return Work(
+        op,
+        f"{weight.outputs}×{weight.inputs} {weight.name}",
+        row_operations=2 * weight.outputs * weight.inputs,
+        numbers=weight.activations,
+        fixed_bytes=weight.nbytes,
+        row_bytes=4 * (x.width + y.width),
+    )
 
 
 def _moves(op: str, *values: Value) -> Work:

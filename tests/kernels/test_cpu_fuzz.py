@@ -83,6 +83,14 @@ ROUTERS = [cpu.CpuBackend(1).prepare("router", lambda n=n: [Dense(np.ones((n, 64
 PACKED = cpu.CpuBackend(1).prepare("table", lambda: [Dense(np.ones((32, 64), np.float32))])
 
 
+def of_codes(outputs: int, inputs: int) -> Any:
+    weight = GroupedInt(np.ones((outputs, inputs), np.int8), np.ones((outputs, inputs // 32), np.float32), None, 32, 4)
+    return cpu.CpuBackend(1, activations="int8").prepare("codes", lambda: [weight])
+
+
+CODES = [of_codes(outputs, inputs) for outputs in (32, 64, 192) for inputs in (32, 96)]
+
+
 @given(data=st.data())
 @settings(max_examples=400)
 def test_any_op_is_recorded_and_run_or_refused(data):
@@ -101,6 +109,9 @@ def test_any_op_is_recorded_and_run_or_refused(data):
         "add_rmsnorm": lambda: recorder.add_rmsnorm(x, other, norm, 1e-6)[0],
         "add": lambda: recorder.add(x, other),
         "linear": lambda: recorder.linear(x, PACKED),
+        "mlp": lambda: recorder.linear(
+            recorder.gated(recorder.linear(x, draw(st.sampled_from(CODES))), "silu"), draw(st.sampled_from(CODES))
+        ),
         "gated": lambda: recorder.gated(x, draw(st.sampled_from(["silu", "gelu_tanh", "tanh"]))),
         "experts": lambda: recorder.experts(
             x,
@@ -116,7 +127,7 @@ def test_any_op_is_recorded_and_run_or_refused(data):
         "picked": lambda: recorder.picked(x),
     }
     backend = cpu.CpuBackend(1)
-    rows = draw(st.integers(0, 5))
+    rows = draw(st.integers(0, 12))
     try:
         y = ops[draw(st.sampled_from(sorted(ops)))]()
         tape, at = recorder.program(backend._engine, [y])

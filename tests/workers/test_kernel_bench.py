@@ -21,11 +21,12 @@ def test_every_op_is_timed_beside_the_peaks(tmp_path, capsys, monkeypatch):
         "rope_write_kv",
         "attention",
         "add_rmsnorm",
-        "gated",
+        "linear_gated",
+        "quantize",
         "rows",
     }
     assert all(one.us > 0 and one.bytes > 0 for one in report.timings)
-    products = [one for one in report.timings if one.op in ("linear", "attention")]
+    products = [one for one in report.timings if one.op in ("linear", "linear_gated", "attention")]
     assert all(one.operations > 0 for one in products)
     assert any(one.numbers != "f32" for one in products)
     layers = {one.calls for one in products if one.op == "attention"}

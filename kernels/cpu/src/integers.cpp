@@ -1,4 +1,4 @@
-// y = x W^T + b for codes and x as int8.
+// y = x W^T + b for codes and x as int8, as it is or gated and quantized for the next product.
 //
 // For each unit of inputs in turn (32, or the group if that is 16), with the unit's exact sum of code * x:
 //
@@ -10,8 +10,10 @@
 //   few rows    codes and scales are unpacked in registers, straight from the stream of blocks
 //   more rows   a stretch of inputs of some panels is unpacked once into scratch, and read by all rows, a few at a time, or with AMX 16
 #include <algorithm>
+#include <type_traits>
 
 #include "dots.h"
+#include "gated.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -39,6 +41,12 @@ constexpr int TALL = 1;
 constexpr int64_t WORTH = 1 << 19;  // multiply-adds that are worth handing to a thread
 
 constexpr int SIDE = 2;             // panels that are unpacked together: each few rows of x are read once for all of them
+
+// Such panels, and those that come after.
+struct Side {
+    int64_t count;
+    int64_t panel[SIDE], next[SIDE];
+};
 
 // Whether codes that are stored as bytes are read where they stand: from every 32nd byte on, so that vectors of 64 would lie on two cache
 // lines.
@@ -73,7 +81,6 @@ struct Sums {
         if (bias) sum += wide::load(bias + v * wide::WIDTH);
         wide::store(to + r * apart + v * wide::WIDTH, sum);
     }
-    Sums row(int64_t r) const { return {from ? from + r * PANEL : nullptr, to + r * apart, apart, bias}; }
 };
 
 // The units of a panel in turn, as they are stored.
@@ -218,7 +225,7 @@ struct Ahead {
     const uint8_t *at, *end;
     int64_t each;
 
-    Ahead(const uint8_t* begin, const uint8_t* end, int64_t times) : at(begin), end(end), each((end - begin) / times + 64) {}
+    Ahead(const uint8_t* begin, int64_t bytes, int64_t times) : at(begin), end(begin + bytes), each(bytes / times + 64) {}
 
     void ask() {
         for (const uint8_t* stop = std::min(end, at + each); at < stop; at += 64) __builtin_prefetch(at, 0, 2);
@@ -261,52 +268,42 @@ struct Product {
     }
 #endif
 
-    bool whole(int64_t panel) const { return (panel + 1) * PANEL <= w.outputs; }
+    static_assert(SHARED <= FEW && TALL <= FEW);
 
-    // Sums of a panel that begin at `from` and are complete then. Those of a panel that has less outputs go to `room` first.
-    Sums complete(int64_t panel, const float* from, float* room, float* y, int64_t width) const {
-        if (!whole(panel)) return {from, room, PANEL, nullptr};
-        return {from, y + panel * PANEL, width, w.bias ? w.bias + panel * PANEL : nullptr};
+    // Adds all inputs to the sums of a panel that begin at 0.
+    template <int N>
+    void sum_up(int64_t panel, const uint8_t* x, const Sums& sums) const {
+        add<N>(Packed(blocks, panel, w.group), x, w.inputs / QUANTUM, sums);
     }
 
-    void few_rows(const uint8_t* x, int64_t rows, int64_t panel, float* y, int64_t width) const {
-        alignas(64) float room[FEW * PANEL];
-        const Sums sums = complete(panel, nullptr, room, y, width);
-        by_heights<TALL>(rows, [&]<int N>(int64_t r) {
-            add<N>(Packed(blocks, panel, w.group), x + r * stride, w.inputs / QUANTUM, sums.row(r));
-        });
-        if (!whole(panel)) finish(w, panel, room, rows, y, width);
-    }
-
-    // Of up to SIDE panels.
-    void more_rows(const uint8_t* x, int64_t rows, int64_t panel, int64_t panels, float* y, int64_t width) const {
+    // Of up to SIDE panels, for more rows than FEW. `Out` says where complete sums go, and is told when those of a few rows are there.
+    template <class Out>
+    void more_rows(const uint8_t* x, int64_t rows, const Side& side, const Out& out) const {
         alignas(64) Unit unpacked[SIDE][DEPTH / UNIT];
         alignas(64) float room[SIDE][ROWS * PANEL];
         const int64_t steps = w.inputs / QUANTUM, stretches = (w.inputs + DEPTH - 1) / DEPTH, longest = (steps + stretches - 1) / stretches;
-        Ahead next(w.panels + (panel + panels) * blocks.panel_bytes, w.panels + std::min(panel + 2 * panels, panels_end()) * blocks.panel_bytes,
-                   stretches * ((rows + SHARED - 1) / SHARED));
+        const int64_t times = stretches * ((rows + SHARED - 1) / SHARED);
         static_assert(SIDE == 2);
-        Packed streams[SIDE] = {{blocks, panel, w.group}, {blocks, panel + 1, w.group}};
+        Packed streams[SIDE] = {{blocks, side.panel[0], w.group}, {blocks, side.panel[1], w.group}};
+        Ahead ahead[SIDE] = {{w.panels + side.next[0] * blocks.panel_bytes, blocks.panel_bytes, times},
+                             {w.panels + side.next[1] * blocks.panel_bytes, blocks.panel_bytes, times}};
         Means means;
         for (int64_t step = 0; step < steps; step += longest) {
             const int64_t count = std::min(longest, steps - step);
-            Sums sums[SIDE];
-            for (int64_t p = 0; p < panels; p++) {
-                unpack(streams[p], count * (QUANTUM / UNIT), unpacked[p]);
-                const float* from = step ? room[p] : nullptr;
-                sums[p] = step + count < steps ? Sums{from, room[p], PANEL, nullptr} : complete(panel + p, from, room[p], y, width);
-            }
+            const bool last = step + count == steps;
+            for (int64_t p = 0; p < side.count; p++) unpack(streams[p], count * (QUANTUM / UNIT), unpacked[p]);
             const uint8_t* from = x + step * quantized_step(UNIT);
             by_most<SHARED>(rows, [&]<int N>(int64_t r) {
-                next.ask();
-                if (step == 0)
-                    for (int i = 0; i < N; i++)
-                        for (int64_t p = 0; p < panels; p++) __builtin_prefetch(y + (r + i) * width + (panel + p) * PANEL, 1, 2);
-                for (int64_t p = 0; p < panels; p++) add_unpacked<N>(means, unpacked[p], from + r * stride, count, sums[p].row(r));
+                for (Ahead& next : ahead) next.ask();
+                if (step == 0) out.expect(side, r, N);
+                for (int64_t p = 0; p < side.count; p++) {
+                    float* sums = room[p] + r * PANEL;
+                    const float* begun = step ? sums : nullptr;
+                    add_unpacked<N>(means, unpacked[p], from + r * stride, count, last ? out.sums(side, p, r, begun) : Sums{begun, sums, PANEL, nullptr});
+                }
+                if (last) out.take(side, r, N);
             });
         }
-        for (int64_t p = 0; p < panels; p++)
-            if (!whole(panel + p)) finish(w, panel + p, room[p], rows, y, width);
     }
 
     static void unpack(Packed& stream, int64_t units, Unit* to) {
@@ -331,14 +328,102 @@ struct Product {
         stream = from;
     }
 
-    int64_t panels_end() const { return (w.outputs + PANEL - 1) / PANEL; }
+    int64_t panels() const { return (w.outputs + PANEL - 1) / PANEL; }
+};
 
-    // Panels [first, last) of some rows.
-    void operator()(const uint8_t* x, int64_t rows, int64_t first, int64_t last, float* y, int64_t width) const {
-        if (rows <= FEW)
-            for (; first < last; first++) few_rows(x, rows, first, y, width);
-        for (; first < last; first += SIDE) more_rows(x, rows, first, std::min<int64_t>(SIDE, last - first), y, width);
+// What becomes of a product: rows of y.
+template <class Product>
+class Plain {
+  public:
+    Plain(const Product& product, const uint8_t* x, int64_t rows, float* y, int64_t width) : product_(product), w_(product.w), x_(x), rows_(rows), y_(y), width_(width) {}
+
+    // Panels [first, last).
+    void operator()(int64_t first, int64_t last) const {
+        const int64_t end = product_.panels() - 1;
+        for (; first < last; first += SIDE) {
+            const Side side{std::min<int64_t>(SIDE, last - first), {first, first + 1}, {std::min(first + 2, end), std::min(first + 3, end)}};
+            if (rows_ <= FEW) few_rows(side);
+            else product_.more_rows(x_, rows_, side, *this);
+        }
     }
+
+    void expect(const Side& side, int64_t row, int64_t rows) const {
+        for (int64_t r = row; r < row + rows; r++)
+            for (int64_t p = 0; p < side.count; p++) __builtin_prefetch(y_ + r * width_ + side.panel[p] * PANEL, 1, 2);
+    }
+    Sums sums(const Side& side, int64_t p, int64_t row, const float* from) const {
+        const int64_t panel = side.panel[p];
+        if (!whole(panel)) return {from, spare_, PANEL, nullptr};
+        return {from, y_ + row * width_ + panel * PANEL, width_, w_.bias ? w_.bias + panel * PANEL : nullptr};
+    }
+    // Those of a panel that has less outputs, which is the last.
+    void take(const Side& side, int64_t row, int64_t rows) const {
+        const int64_t panel = side.panel[side.count - 1];
+        if (!whole(panel)) finish(w_, panel, spare_, rows, y_ + row * width_, width_);
+    }
+
+  private:
+    bool whole(int64_t panel) const { return (panel + 1) * PANEL <= w_.outputs; }
+
+    void few_rows(const Side& side) const {
+        for (int64_t p = 0; p < side.count; p++) {
+            const Side one{1, {side.panel[p]}, {}};
+            by_heights<TALL>(rows_, [&]<int N>(int64_t r) {
+                product_.template sum_up<N>(side.panel[p], x_ + r * product_.stride, sums(one, 0, r, nullptr));
+                take(one, r, N);
+            });
+        }
+    }
+
+    const Product& product_;
+    const Linear& w_;
+    const uint8_t* x_;
+    const int64_t rows_;
+    float* y_;
+    const int64_t width_;
+    alignas(64) mutable float spare_[FEW * PANEL];
+};
+
+// Or what a reader takes of the gates, of more rows than FEW: a panel of the first half of the outputs and one of the second make a panel, and two of those are
+// as many inputs as are quantized together.
+template <class Product>
+class Gated {
+  public:
+    static constexpr int64_t PAIRS = QUANTUM / PANEL;
+
+    Gated(const Product& product, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y)
+        : product_(product), w_(product.w), x_(x), rows_(rows), gelu_(gelu), reader_(reader), y_(y) {}
+
+    // A step of the reader's inputs.
+    void operator()(int64_t step) const {
+        for (int64_t panel = step * PAIRS; panel < (step + 1) * PAIRS; panel++) {
+            const int64_t next = std::min(panel + 1, half() - 1);
+            product_.more_rows(x_, rows_, {2, {panel, half() + panel}, {next, half() + next}}, *this);
+        }
+        uint8_t* y = y_ + step * quantized_step(reader_.unit());
+        for (int64_t r = 0; r < rows_; r++) quantize_steps(reader_, inner_ + r * QUANTUM, 1, y + r * quantized_bytes(reader_));
+    }
+
+    void expect(const Side&, int64_t, int64_t) const {}
+    Sums sums(const Side& side, int64_t p, int64_t, const float* from) const { return {from, sums_[p], PANEL, bias(side.panel[p])}; }
+    void take(const Side& side, int64_t row, int64_t rows) const {
+        for (int64_t r = 0; r < rows; r++)
+            gate(gelu_, sums_[0] + r * PANEL, sums_[1] + r * PANEL, PANEL, inner_ + (row + r) * QUANTUM + side.panel[0] % PAIRS * PANEL);
+    }
+
+  private:
+    int64_t half() const { return w_.outputs / PANEL / 2; }
+    const float* bias(int64_t panel) const { return w_.bias ? w_.bias + panel * PANEL : nullptr; }
+
+    const Product& product_;
+    const Linear& w_;
+    const uint8_t* x_;
+    const int64_t rows_;
+    const bool gelu_;
+    const Linear& reader_;
+    uint8_t* y_;
+    alignas(64) mutable float sums_[SIDE][FEW * PANEL];
+    alignas(64) mutable float inner_[ROWS * QUANTUM];
 };
 
 // Calls work(product) with the product of this weight's form; `ops.h` says which there are.
@@ -350,20 +435,43 @@ void with_product(const Linear& w, const Work& work) {
     return w.minimums ? work(Product<Form::int6, 32, true>(w)) : work(Product<Form::int6, 32, false>(w));
 }
 
+// Calls work(row, rows, first, last) for blocks of rows and, of each, lots [first, last) of panels: some at a time, a multiple of `by`.
+//
+// Blocks of rows are about equal; what is handed to a thread is enough to be worth it, and little enough that all are busy to the end.
+template <class Work>
+void share_out(Pool& pool, const Linear& w, int64_t rows, int64_t panels, int64_t lot, int64_t by, const Work& work) {
+    const int64_t blocks = (rows + ROWS - 1) / ROWS, height = (rows + blocks - 1) / blocks, lots = (panels + lot - 1) / lot;
+    const int64_t wanted = std::max<int64_t>(1, WORTH / (height * w.inputs * PANEL * lot));
+    const int64_t most = std::max<int64_t>(1, lots / (4 * pool.threads()));
+    const int64_t each = (std::min(wanted, most) + by - 1) / by * by, groups = (lots + each - 1) / each;
+    pool.run(groups * blocks, [&](int64_t unit) {
+        const int64_t row = unit / groups * height, first = unit % groups * each;
+        work(row, std::min(height, rows - row), first, std::min(lots, first + each));
+    });
+}
+
 }  // namespace
 
 void linear_int8(Pool& pool, const Linear& w, const uint8_t* x, int64_t rows, float* y, int64_t width) {
-    const int64_t panels = (w.outputs + PANEL - 1) / PANEL, stride = quantized_bytes(w);
-    // Blocks of rows are about equal; a unit of work is some panels of one block: enough to be worth a hand-over, enough of them to
-    // balance, and whole pairs where pairs are taken.
-    const int64_t blocks = (rows + ROWS - 1) / ROWS, height = (rows + blocks - 1) / blocks, side = height > FEW ? SIDE : 1;
-    const int64_t wanted = std::max<int64_t>(1, WORTH / (height * w.inputs * PANEL));
-    const int64_t most = std::max<int64_t>(1, panels / (4 * pool.threads()));
-    const int64_t each = (std::min(wanted, most) + side - 1) / side * side, groups = (panels + each - 1) / each;
     with_product(w, [&](const auto& product) {
-        pool.run(groups * blocks, [&](int64_t unit) {
-            const int64_t row = unit / groups * height, first = unit % groups * each;
-            product(x + row * stride, std::min(height, rows - row), first, std::min(panels, first + each), y + row * width, width);
+        share_out(pool, w, rows, product.panels(), 1, rows > FEW ? SIDE : 1, [&](int64_t row, int64_t height, int64_t first, int64_t last) {
+            Plain(product, x + row * product.stride, height, y + row * width, width)(first, last);
+        });
+    });
+}
+
+void linear_gated(Pool& pool, const Linear& w, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y) {
+    if (rows <= FEW) {
+        // One stream of weights is read faster than two.
+        float* gate_up = Pool::scratch(2, rows * w.outputs);
+        linear_int8(pool, w, x, rows, gate_up, w.outputs);
+        return gate_rows(pool, gate_up, rows, w.outputs / 2, gelu, &reader, y);
+    }
+    with_product(w, [&](const auto& product) {
+        using Gates = Gated<std::remove_cvref_t<decltype(product)>>;
+        share_out(pool, w, rows, product.panels(), 2 * Gates::PAIRS, 1, [&](int64_t row, int64_t height, int64_t first, int64_t last) {
+            const Gates gates(product, x + row * product.stride, height, gelu, reader, y + row * quantized_bytes(reader));
+            for (; first < last; first++) gates(first);
         });
     });
 }

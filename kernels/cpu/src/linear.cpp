@@ -22,4 +22,9 @@ void linear(Pool& pool, const Ops& ops, const Linear& w, const float* x, int64_t
     }
 }
 
+void linear_codes(Pool& pool, const Ops& ops, const Linear& w, const uint8_t* x, int64_t rows, float* y) {
+    const int64_t width = w.width();
+    for (const Linear* part = &w; part; y += part->outputs, part = part->next) ops.linear_int8(pool, *part, x, rows, y, width);
+}
+
 }  // namespace headrace

@@ -42,9 +42,10 @@ T* at(Address address) {
 const float* floats(Address address) { return at<const float>(address); }
 
 #ifdef HEADRACE_X86
-Ops with(const char* isa, Ops table, decltype(Ops::linear_int8) linear_int8, decltype(Ops::probe) probe) {
+Ops with(const char* isa, Ops table, decltype(Ops::linear_int8) linear_int8, decltype(Ops::linear_gated) linear_gated, decltype(Ops::probe) probe) {
     table.isa = isa;
     table.linear_int8 = linear_int8;
+    table.linear_gated = linear_gated;
     table.probe = probe;
     return table;
 }
@@ -75,12 +76,12 @@ std::vector<const Ops*> tables() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     static const Ops amx = [] {
-        Ops table = with("amx", avx512::ops, amx::linear_int8, amx::probe);
+        Ops table = with("amx", avx512::ops, amx::linear_int8, amx::linear_gated, amx::probe);
         table.linear_bf16 = amx::linear_bf16;
         return table;
     }();
-    static const Ops avx512vnni = with("avx512vnni", avx512::ops, avx512vnni::linear_int8, avx512vnni::probe);
-    static const Ops avxvnni = with("avxvnni", avx2::ops, avxvnni::linear_int8, avxvnni::probe);
+    static const Ops avx512vnni = with("avx512vnni", avx512::ops, avx512vnni::linear_int8, avx512vnni::linear_gated, avx512vnni::probe);
+    static const Ops avxvnni = with("avxvnni", avx2::ops, avxvnni::linear_int8, avxvnni::linear_gated, avxvnni::probe);
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     if (vnni && may_use_tiles()) found.push_back(&amx);
     if (vnni) found.push_back(&avx512vnni);
@@ -174,6 +175,9 @@ auto on_engine(Result (*function)(Pool&, const Ops&, Args...)) {
 // A tape, and what the arrays of a step must keep to for the ops that stand on it.
 class Program {
   public:
+    // A weight whose codes are to be written, if any.
+    using Reader = std::optional<Linear>;
+
     explicit Program(Engine& engine) : tape_(engine.pool(), engine.ops()) {}
 
     void reserve(Arena arena, int64_t floats) { tape_.reserve(arena, floats); }
@@ -197,22 +201,41 @@ class Program {
                      {weight.panels, static_cast<size_t>(weight.size())});
     }
 
-    void rmsnorm(Place x, Address weight, float eps, int64_t width, Place y) {
+    void quantize(const Linear& reader, Place x, Place codes) {
+        tape_.record("quantize", codes.arena,
+                     [=](const Step& step) { step.ops.quantize(step.pool, reader, step.at(x), step.rows_of(codes), step.codes_at(codes)); });
+    }
+
+    void linear_codes(const Linear& weight, Place codes, Place y) {
+        tape_.record("linear", y.arena,
+                     [=](const Step& step) { headrace::linear_codes(step.pool, step.ops, weight, step.codes_at(codes), step.rows_of(y), step.at(y)); },
+                     {weight.panels, static_cast<size_t>(weight.size())});
+    }
+
+    void linear_gated(const Linear& gate_up, Place codes, bool gelu, const Linear& reader, Place y) {
+        tape_.record("linear_gated", y.arena, [=](const Step& step) {
+            step.ops.linear_gated(step.pool, gate_up, step.codes_at(codes), step.rows_of(y), gelu, reader, step.codes_at(y));
+        }, {gate_up.panels, static_cast<size_t>(gate_up.size())});
+    }
+
+    void rmsnorm(Place x, Address weight, float eps, int64_t width, const Reader& reader, Place y) {
         tape_.record("rmsnorm", y.arena, [=](const Step& step) {
-            step.ops.rmsnorm(step.pool, step.at(x), nullptr, floats(weight), eps, step.rows_of(y), width, nullptr, step.at(y));
+            step.ops.rmsnorm(step.pool, step.at(x), nullptr, floats(weight), eps, step.rows_of(y), width, nullptr, of(reader), step.at(y));
         });
     }
 
-    void add_rmsnorm(Place x, Place residual, Address weight, float eps, int64_t width, Place sum, Place y) {
+    void add_rmsnorm(Place x, Place residual, Address weight, float eps, int64_t width, Place sum, const Reader& reader, Place y) {
         tape_.record("add_rmsnorm", y.arena, [=](const Step& step) {
-            step.ops.rmsnorm(step.pool, step.at(x), step.at(residual), floats(weight), eps, step.rows_of(y), width, step.at(sum), step.at(y));
+            step.ops.rmsnorm(step.pool, step.at(x), step.at(residual), floats(weight), eps, step.rows_of(y), width, step.at(sum), of(reader),
+                             step.at(y));
         });
     }
 
     // Of `each` pairs of halves in a row.
-    void gated(Place gate_up, int64_t width, bool gelu, int64_t each, Place y) {
-        tape_.record("gated", y.arena,
-                     [=](const Step& step) { step.ops.gated(step.pool, step.at(gate_up), step.rows_of(y) * each, width, gelu, step.at(y)); });
+    void gated(Place gate_up, int64_t width, bool gelu, int64_t each, const Reader& reader, Place y) {
+        tape_.record("gated", y.arena, [=](const Step& step) {
+            step.ops.gated(step.pool, step.at(gate_up), step.rows_of(y) * each, width, gelu, of(reader), step.at(y));
+        });
     }
 
     void route(Routing& routing, Place logits, Place weights) {
@@ -316,6 +339,8 @@ class Program {
   private:
     using Step = Tape::Step;
 
+    static const Linear* of(const Reader& reader) { return reader ? &*reader : nullptr; }
+
     static void check_tree(const Batch& batch, int64_t request, int64_t room) {
         const int64_t first = batch.query_start[request], count = batch.query_start[request + 1] - first;
         const int32_t *parents = batch.parents + first, *positions = batch.positions + first;
@@ -391,9 +416,12 @@ NB_MODULE(_native, m) {
         .def("input", &Program::input)
         .def("embed", &Program::embed)
         .def("linear", &Program::linear)
-        .def("rmsnorm", &Program::rmsnorm)
-        .def("add_rmsnorm", &Program::add_rmsnorm)
-        .def("gated", &Program::gated)
+        .def("quantize", &Program::quantize)
+        .def("linear_codes", &Program::linear_codes)
+        .def("linear_gated", &Program::linear_gated)
+        .def("rmsnorm", &Program::rmsnorm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+        .def("add_rmsnorm", &Program::add_rmsnorm, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+        .def("gated", &Program::gated, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
         .def("add", &Program::add)
         .def("route", &Program::route, nb::keep_alive<1, 2>())
         .def("experts", &Program::experts, nb::keep_alive<1, 2>())

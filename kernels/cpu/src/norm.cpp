@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops.h"
+#include "quantize.h"
 #include "vec.h"
 
 namespace headrace::HEADRACE_ISA {
@@ -24,7 +25,7 @@ void normalize(const float* x, const float* weight, float eps, int64_t width, fl
 }
 
 void rmsnorm(Pool& pool, const float* x, const float* residual, const float* weight, float eps, int64_t rows, int64_t width, float* sum,
-             float* y) {
+             const Linear* reader, void* y) {
     const int64_t each = std::max<int64_t>(1, WORTH / std::max<int64_t>(1, width));
     pool.run((rows + each - 1) / each, [&](int64_t unit) {
         for (int64_t row = unit * each; row < std::min(rows, (unit + 1) * each); row++) {
@@ -34,7 +35,9 @@ void rmsnorm(Pool& pool, const float* x, const float* residual, const float* wei
                 for (int64_t i = 0; i < width; i++) total[i] = residual[row * width + i] + from[i];
                 from = total;
             }
-            normalize(from, weight, eps, width, y + row * width);
+            float* out = reader ? Pool::scratch(2, width) : static_cast<float*>(y) + row * width;
+            normalize(from, weight, eps, width, out);
+            if (reader) quantize_steps(*reader, out, width / QUANTUM, static_cast<uint8_t*>(y) + row * quantized_bytes(*reader));
         }
     });
 }

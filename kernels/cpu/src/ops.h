@@ -159,6 +159,8 @@ struct Ops {
     void (*linear_int8)(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
     // x [rows, K] to rows of `quantized_bytes` each.
     void (*quantize)(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* quantized);
+    // `linear_int8` by a weight of two halves, and at once what `gated` makes of it for a reader.
+    void (*linear_gated)(Pool&, const Linear& gate_up, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y);
     // The same two for bfloat16; x [rows, K] to `narrowed_bytes`.
     void (*linear_bf16)(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
     void (*narrow)(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* narrowed);
@@ -168,10 +170,12 @@ struct Ops {
     void (*attention)(Pool&, const float* q, const Heads&, const KV&, const Batch&, float scale, int window, float* out);
     // qkv [T, Hq + 2 Hkv, D] to q [T, Hq, D] and the pages.
     void (*rope_write_kv)(Pool&, const float* qkv, const Heads&, const Rope&, const KV&, const Batch&, float* q);
+    // Where these two have a `reader`, y is what `quantize` would make of their floats for that weight.
     // residual and its sum may be null together: then only x is normalized.
     void (*rmsnorm)(Pool&, const float* x, const float* residual, const float* weight, float eps, int64_t rows, int64_t width, float* sum,
-                    float* y);
-    void (*gated)(Pool&, const float* gate_up, int64_t rows, int64_t width, bool gelu, float* y);
+                    const Linear* reader, void* y);
+    // gate_up [rows, 2 width] to y [rows, width].
+    void (*gated)(Pool&, const float* gate_up, int64_t rows, int64_t width, bool gelu, const Linear* reader, void* y);
     void (*add)(Pool&, const float* x, const float* residual, int64_t count, float* sum);
     // The `used` highest logits of each row [rows, experts], equal ones by number, and their weights: both [rows, used].
     void (*route)(Pool&, const float* logits, int64_t rows, int64_t experts, int64_t used, bool renormalize, int32_t* chosen, float* weights);
@@ -186,6 +190,8 @@ struct Ops {
 
 // x [rows, K] to y [rows, width], rows > 0: a weight and those that follow it, each with x as it wants it.
 void linear(Pool&, const Ops&, const Linear&, const float* x, int64_t rows, float* y);
+// The same where all of them want the codes that x is.
+void linear_codes(Pool&, const Ops&, const Linear&, const uint8_t* x, int64_t rows, float* y);
 
 namespace portable {
 extern const Ops ops;
@@ -199,15 +205,18 @@ extern const Ops ops;
 // With instructions that multiply and add up bytes at once; all else is that of avx2, or avx512.
 namespace avxvnni {
 void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+void linear_gated(Pool&, const Linear&, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y);
 Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
 }
 namespace avx512vnni {
 void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+void linear_gated(Pool&, const Linear&, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y);
 Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
 }
 // With tiles on top of those of avx512vnni.
 namespace amx {
 void linear_int8(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
+void linear_gated(Pool&, const Linear&, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y);
 void linear_bf16(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
 Peaks probe(Pool&, const uint8_t* bytes, int64_t size);
 }

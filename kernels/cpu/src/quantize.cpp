@@ -1,90 +1,15 @@
-// Rows of x as int8, for `linear_int8` (`ops.h` has the layout and the rounding). Every step is one that all instruction sets round
-// alike, so they give the same bytes.
-#include <algorithm>
-
-#include "ops.h"
-#include "vec.h"
+// Rows of x as int8 (`quantize.h`), some a unit of work.
+#include "quantize.h"
 
 namespace headrace::HEADRACE_ISA {
-namespace {
 
 constexpr int64_t WORTH = 1 << 15;  // values that are worth handing to a thread
 
-constexpr int32_t INFINITY_BITS = 0x7f800000, NAN_BITS = 0x7fc00000;
-
-inline Ints larger_of(Ints a, Ints b) { return a > b ? a : b; }
-
-inline int32_t sum_of(Ints v) {
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-    return v[0] + v[1];
-}
-
-inline int32_t largest_of(Ints v) {
-    v = larger_of(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-    v = larger_of(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-    return std::max(v[0], v[1]);
-}
-
-// The lowest bytes of all lanes.
-inline void store_bytes(uint8_t* p, Ints v) {
-#if defined(__AVX2__)
-    const __m256i all = reinterpret_cast<__m256i>(v);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
-#else
-    typedef int8_t Bytes __attribute__((vector_size(8)));
-    const Bytes bytes = __builtin_convertvector(v, Bytes);
-    std::memcpy(p, &bytes, sizeof bytes);
-#endif
-}
-
-// 32 inputs. As integers, the bits of magnitudes are ordered as those are, infinity and NaN above.
-template <int UNIT>
-void quantize_step(const float* x, bool scaled, uint8_t* out) {
-    constexpr int VECTORS = QUANTUM / LANES, UNITS = QUANTUM / UNIT;
-    Vec values[VECTORS];
-    Ints magnitudes{};
-#pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; i++) {
-        values[i] = load(x + i * LANES);
-        magnitudes = larger_of(magnitudes, std::bit_cast<Ints>(values[i]) & 0x7fffffff);
-    }
-    const int32_t bits = largest_of(magnitudes);
-    const float largest = std::bit_cast<float>(bits);
-    float scale = largest / 127.0f, inverse = 127.0f / largest;
-    if (bits >= INFINITY_BITS || largest < 0x1p-100f) [[unlikely]] {
-        scale = bits >= INFINITY_BITS ? std::bit_cast<float>(NAN_BITS) : 0.0f;
-        inverse = 0.0f;
-        for (Vec& v : values) v = all(0.0f);
-    }
-    float head[1 + UNITS] = {scale};
-#pragma GCC unroll 2
-    for (int unit = 0; unit < UNITS; unit++) {
-        Ints sum{};
-#pragma GCC unroll 4
-        for (int i = unit * VECTORS / UNITS; i < (unit + 1) * VECTORS / UNITS; i++) {
-            // adding 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits
-            const Ints codes = std::bit_cast<Ints>(values[i] * all(inverse) + all(12582912.0f)) - 0x4b400000;
-            store_bytes(out + sizeof head + i * LANES, codes);
-            sum += codes;
-        }
-        const float whole = static_cast<float>(sum_of(sum));
-        head[1 + unit] = scaled ? scale * whole : whole;
-    }
-    std::memcpy(out, head, sizeof head);
-}
-
-}  // namespace
-
 void quantize(Pool& pool, const Linear& w, const float* x, int64_t rows, uint8_t* quantized) {
-    const int64_t steps = w.inputs / QUANTUM, bytes = quantized_step(w.unit());
     const int64_t each = std::max<int64_t>(1, WORTH / w.inputs);
     pool.run((rows + each - 1) / each, [&](int64_t unit) {
-        const int64_t first = unit * each, last = std::min(rows, first + each);
-        uint8_t* out = quantized + first * steps * bytes;
-        for (int64_t step = first * steps; step < last * steps; step++, out += bytes)
-            w.unit() == 16 ? quantize_step<16>(x + step * QUANTUM, w.minimums, out) : quantize_step<32>(x + step * QUANTUM, w.minimums, out);
+        const int64_t first = unit * each, count = std::min(rows - first, each);
+        quantize_steps(w, x + first * w.inputs, count * (w.inputs / QUANTUM), quantized + first * quantized_bytes(w));
     });
 }
 

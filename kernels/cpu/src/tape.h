@@ -46,6 +46,8 @@ class Tape {
         float* arenas[2];
 
         float* at(Place place) const { return arenas[static_cast<int>(place.arena)] + place.start * rows_of(place); }
+        // A value of quantized rows: as many floats as hold their bytes.
+        uint8_t* codes_at(Place place) const { return reinterpret_cast<uint8_t*>(at(place)); }
         int64_t rows_of(Place place) const { return rows[static_cast<int>(place.arena)]; }
     };
 
