@@ -39,9 +39,17 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("short" if config.option.markexpr == "not slow" else "headrace")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file stay together, and so do all that start processes (see `pytest-xdist`, `--dist loadgroup`)."""
     root = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(root)
         item.add_marker(pytest.mark.xdist_group("processes" if path.parts[0] in STARTING_PROCESSES else str(path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
+    """Groups stand behind an @ in a test's id, to which some versions of pytest let pytest-xdist add nothing."""
+    if not all("@" in test for test in ids):
+        pytest.exit("this pytest-xdist does not group tests with this pytest: install those that pyproject.toml names", returncode=4)

@@ -83,6 +83,8 @@ def test_deaths_are_counted_and_timed_and_what_operators_do_is_not_a_death(event
 
 def test_what_is_refused_is_counted_by_cause():
     with Served("tests.e2e.paced", max_waiting=1, max_running=1) as served:
+        # What is asked for before the tokenizer has heard of the scheduler is submitted once more when it does.
+        assert served.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda _: served.ask("/v1/completions", {"prompt": "a", "max_tokens": 200}), range(8)))
         refused = [body["error"]["code"] for status, body in answers if status == 429]

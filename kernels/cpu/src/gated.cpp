@@ -1,3 +1,4 @@
+// The op of its own; products have the same in `integers.cpp`.
 #include "gated.h"
 
 namespace headrace::HEADRACE_ISA {

@@ -299,7 +299,8 @@ struct Product {
                 for (int64_t p = 0; p < side.count; p++) {
                     float* sums = room[p] + r * PANEL;
                     const float* begun = step ? sums : nullptr;
-                    add_unpacked<N>(means, unpacked[p], from + r * stride, count, last ? out.sums(side, p, r, begun) : Sums{begun, sums, PANEL, nullptr});
+                    const Sums to = last ? out.sums(side, p, r, begun) : Sums{begun, sums, PANEL, nullptr};
+                    add_unpacked<N>(means, unpacked[p], from + r * stride, count, to);
                 }
                 if (last) out.take(side, r, N);
             });
@@ -335,7 +336,8 @@ struct Product {
 template <class Product>
 class Plain {
   public:
-    Plain(const Product& product, const uint8_t* x, int64_t rows, float* y, int64_t width) : product_(product), w_(product.w), x_(x), rows_(rows), y_(y), width_(width) {}
+    Plain(const Product& product, const uint8_t* x, int64_t rows, float* y, int64_t width)
+        : product_(product), w_(product.w), x_(x), rows_(rows), y_(y), width_(width) {}
 
     // Panels [first, last).
     void operator()(int64_t first, int64_t last) const {
@@ -384,8 +386,8 @@ class Plain {
     alignas(64) mutable float spare_[FEW * PANEL];
 };
 
-// Or what a reader takes of the gates, of more rows than FEW: a panel of the first half of the outputs and one of the second make a panel, and two of those are
-// as many inputs as are quantized together.
+// Or what a reader takes of the gates, of more rows than FEW. A panel of the first half of the outputs and its like of the second make a
+// panel of gates, and PAIRS of those are as many inputs as are quantized together.
 template <class Product>
 class Gated {
   public:

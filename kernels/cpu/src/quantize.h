@@ -13,35 +13,51 @@ constexpr int32_t INFINITY_BITS = 0x7f800000, NAN_BITS = 0x7fc00000;
 
 inline Ints larger_of(Ints a, Ints b) { return a > b ? a : b; }
 
-inline int32_t sum_of(Ints v) {
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-    return v[0] + v[1];
-}
-
 inline int32_t largest_of(Ints v) {
     v = larger_of(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
     v = larger_of(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
     return std::max(v[0], v[1]);
 }
 
-// The lowest bytes of all lanes.
-inline void store_bytes(uint8_t* p, Ints v) {
+inline int32_t sum_of(Ints v) {
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    return v[0] + v[1];
+}
+
+// To the nearest whole number, ties to even.
+inline Ints rounded(Vec v) {
 #if defined(__AVX2__)
-    const __m256i all = reinterpret_cast<__m256i>(v);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+    return reinterpret_cast<Ints>(_mm256_cvtps_epi32(reinterpret_cast<__m256>(v)));
+#else
+    // adding 1.5 * 2^23 rounds, and the number stands in the lowest bits
+    return std::bit_cast<Ints>(v + all(12582912.0f)) - 0x4b400000;
+#endif
+}
+
+constexpr int VECTORS = QUANTUM / LANES;
+
+// The lowest bytes of all lanes.
+inline void store_bytes(uint8_t* p, const Ints (&v)[VECTORS]) {
+#if defined(__AVX2__)
+    // packing takes from the lower halves of both, then from the upper ones
+    const __m256i low = _mm256_packs_epi32(reinterpret_cast<__m256i>(v[0]), reinterpret_cast<__m256i>(v[1]));
+    const __m256i high = _mm256_packs_epi32(reinterpret_cast<__m256i>(v[2]), reinterpret_cast<__m256i>(v[3]));
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
 #else
     typedef int8_t Bytes __attribute__((vector_size(8)));
-    const Bytes bytes = __builtin_convertvector(v, Bytes);
-    std::memcpy(p, &bytes, sizeof bytes);
+    for (int i = 0; i < VECTORS; i++) {
+        const Bytes bytes = __builtin_convertvector(v[i], Bytes);
+        std::memcpy(p + i * LANES, &bytes, sizeof bytes);
+    }
 #endif
 }
 
 // 32 inputs. As integers, the bits of magnitudes are ordered as those are, infinity and NaN above.
 template <int UNIT>
 inline void quantize_step(const float* x, bool scaled, uint8_t* out) {
-    constexpr int VECTORS = QUANTUM / LANES, UNITS = QUANTUM / UNIT;
+    constexpr int UNITS = QUANTUM / UNIT;
     Vec values[VECTORS];
     Ints magnitudes{};
 #pragma GCC unroll 4
@@ -57,27 +73,27 @@ inline void quantize_step(const float* x, bool scaled, uint8_t* out) {
         inverse = 0.0f;
         for (Vec& v : values) v = all(0.0f);
     }
-    float head[1 + UNITS] = {scale};
-#pragma GCC unroll 2
-    for (int unit = 0; unit < UNITS; unit++) {
-        Ints sum{};
+    Ints codes[VECTORS];
 #pragma GCC unroll 4
-        for (int i = unit * VECTORS / UNITS; i < (unit + 1) * VECTORS / UNITS; i++) {
-            // adding 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits
-            const Ints codes = std::bit_cast<Ints>(values[i] * all(inverse) + all(12582912.0f)) - 0x4b400000;
-            store_bytes(out + sizeof head + i * LANES, codes);
-            sum += codes;
-        }
-        const float whole = static_cast<float>(sum_of(sum));
-        head[1 + unit] = scaled ? scale * whole : whole;
+    for (int i = 0; i < VECTORS; i++) codes[i] = rounded(values[i] * all(inverse));
+    std::memcpy(out, &scale, sizeof scale);
+    out += sizeof scale;
+#pragma GCC unroll 2
+    for (int unit = 0; unit < UNITS; unit++, out += sizeof(float)) {
+        Ints sum = codes[unit * VECTORS / UNITS];
+#pragma GCC unroll 4
+        for (int i = unit * VECTORS / UNITS + 1; i < (unit + 1) * VECTORS / UNITS; i++) sum += codes[i];
+        const float whole = static_cast<float>(sum_of(sum)), given = scaled ? scale * whole : whole;
+        std::memcpy(out, &given, sizeof given);
     }
-    std::memcpy(out, head, sizeof head);
+    store_bytes(out, codes);
 }
 
 // `steps` times 32 inputs that stand one after the other, for this weight.
 inline void quantize_steps(const Linear& w, const float* x, int64_t steps, uint8_t* out) {
     const int64_t bytes = quantized_step(w.unit());
-    for (; steps > 0; steps--, x += QUANTUM, out += bytes) w.unit() == 16 ? quantize_step<16>(x, w.minimums, out) : quantize_step<32>(x, w.minimums, out);
+    for (; steps > 0; steps--, x += QUANTUM, out += bytes)
+        w.unit() == 16 ? quantize_step<16>(x, w.minimums, out) : quantize_step<32>(x, w.minimums, out);
 }
 
 }  // namespace headrace::HEADRACE_ISA
