@@ -17,9 +17,17 @@ from hypothesis import settings
 settings.register_profile("headrace", deadline=None, print_blob=True)
 settings.register_profile("short", settings.get_profile("headrace"), derandomize=True, database=None)
 
-STARTING_PROCESSES = ("client", "e2e", "engine", "scripts", "server", "tokenizer_proc")
-"""Folders whose tests start processes, and whose files are run one after the other, beside those of the others: engines that are killed
-and stopped have limits in seconds, and two of them at once would share the cores."""
+STARTING_PROCESSES = (
+    "client/",
+    "e2e/",
+    "engine/test_",
+    "scripts/",
+    "server/",
+    "tokenizer_proc/test_process",
+    "tokenizer_proc/test_renderer",
+)
+"""How the paths begin of tests that start processes: these are run one after the other, beside those of the others. Engines that are
+killed and stopped have limits in seconds, and two of them at once would share the cores."""
 
 TEST_MARK = "HEADRACE_TEST_RUN"
 """By this scripts/test recognises the processes that the tests started; it is no setting."""
@@ -44,8 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file stay together, and so do all that start processes (see `pytest-xdist`, `--dist loadgroup`)."""
     root = Path(__file__).parent
     for item in items:
-        path = item.path.relative_to(root)
-        item.add_marker(pytest.mark.xdist_group("processes" if path.parts[0] in STARTING_PROCESSES else str(path)))
+        path = str(item.path.relative_to(root))
+        item.add_marker(pytest.mark.xdist_group("processes" if path.startswith(STARTING_PROCESSES) else path))
 
 
 @pytest.hookimpl(optionalhook=True)
