@@ -20,12 +20,12 @@ def test_no_stream_is_lost_or_changed_while_processes_are_killed_and_stopped():
 @pytest.mark.slow
 @pytest.mark.parametrize("draft", ["none", "ngram"])
 def test_nor_with_drafts_or_when_servers_die_too_and_the_client_resumes(draft):
-    run("--kills", "60", "--every", "2", "5", "--servers", "--draft", draft, "--seed", "7")
+    run("--kills", "60", "--every", "1", "3", "--servers", "--draft", draft, "--seed", "7")
 
 
 @pytest.mark.slow
 def test_nor_in_two_hundred_deaths():
-    assert len(run("--kills", "200", "--every", "2", "5").blows) == 200
+    assert len(run("--kills", "200", "--every", "1", "2").blows) == 200
 
 
 @pytest.mark.slow
