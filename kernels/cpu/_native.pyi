@@ -33,6 +33,9 @@ class Linear:
     ) -> None: ...
     @property
     def size(self) -> int: ...
+    @property
+    def codes_size(self) -> int:
+        """Bytes of a row of int8 that it is multiplied with."""
 
 class Heads:
     def __init__(self, query: int, kv: int, dim: int, /) -> None: ...

@@ -74,7 +74,7 @@ class Part(NamedTuple):
     @property
     def codes(self) -> "Codes":
         """What it is multiplied with where that is int8."""
-        return Codes(self.inputs, min(self.group, _QUANTUM), self.minimums)
+        return Codes(min(self.group, _QUANTUM), self.minimums)
 
     @property
     def fits_bf16(self) -> bool:
@@ -100,18 +100,12 @@ class Part(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Rows of `inputs` as int8; see `Linear` and what follows it in src/ops.h."""
+    """How rows of int8 differ, the same inputs given; see what follows `Linear` in src/ops.h."""
 
-    inputs: int
     unit: int
     """Inputs that share a sum."""
     scaled: bool
     """Whether sums are multiplied with their scale."""
-
-    @property
-    def floats(self) -> int:
-        """The size of a row."""
-        return self.inputs // _QUANTUM * (1 + _QUANTUM // self.unit + _QUANTUM // 4)
 
 
 class Packed:

@@ -38,14 +38,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self._ops: list[Op] = []
-        self._inputs: list[Value] = []
         self._codes: dict[tuple[Value, Codes], Value] = {}
         """What was quantized, and how: those who read the same read it together."""
 
     def input(self, width: int) -> Value:
         """A matrix of TOKENS rows that is given to every run, in the order in which they were asked for here."""
         y = Value(TOKENS, width)
-        self._inputs.append(y)
         self._record(_moves("input", y), (), (y,), lambda tape, at: tape.input(width, at(y)))
         return y
 
@@ -97,29 +95,25 @@ class Recorder:
             self._record(work, (x,), (y,), lambda tape, at: tape.linear(weight.native, at(x), at(y)))
             return y
         codes = self._quantized(x, weight, weight.codes)
-        self._ops.append(
-            Op(
-                _product("linear", weight, codes, y),
-                (codes,),
-                (y,),
-                lambda tape, at: tape.linear_codes(weight.native, at(codes), at(y)),
-                factors=(codes, weight) if weight.one_part else None,
-            )
+        self._record(
+            _product("linear", weight, codes, y),
+            (codes,),
+            (y,),
+            lambda tape, at: tape.linear_codes(weight.native, at(codes), at(y)),
+            factors=(codes, weight) if weight.one_part else None,
         )
         return y
 
     def _quantized(self, x: Value, reader: Packed, wanted: Codes) -> Value:
         """The codes of x that this weight is multiplied with."""
         if (codes := self._codes.get((x, wanted))) is None:
-            codes = self._codes[x, wanted] = Value(x.rows, wanted.floats)
-            self._ops.append(
-                Op(
-                    _moves("quantize", x, codes),
-                    (x,),
-                    (codes,),
-                    lambda tape, at: tape.quantize(reader.native, at(x), at(codes)),
-                    after=lambda before: before.quantized and before.quantized(codes, reader),
-                )
+            codes = self._codes[x, wanted] = Value(x.rows, reader.native.codes_size // 4)
+            self._record(
+                _moves("quantize", x, codes),
+                (x,),
+                (codes,),
+                lambda tape, at: tape.quantize(reader.native, at(x), at(codes)),
+                after=lambda before: before.quantized and before.quantized(codes, reader),
             )
         return codes
 
@@ -267,8 +261,8 @@ class Recorder:
         """What the ops do, in the order of the tape: those of TOKENS first."""
         return [replace(op.work, picked=rows == PICKS) for rows in (TOKENS, PICKS) for op in self._ops if op.writes[0].rows == rows]
 
-    def _record(self, work: Work, reads: tuple[Value, ...], writes: tuple[Value, ...], put: Any) -> None:
-        self._ops.append(Op(work, reads, writes, put))
+    def _record(self, work: Work, reads: tuple[Value, ...], writes: tuple[Value, ...], put: Any, **more: Any) -> None:
+        self._ops.append(Op(work, reads, writes, put, **more))
 
 
 class CpuProgram:

@@ -26,6 +26,14 @@ def grouped_int(codes: torch.Tensor, scales: torch.Tensor, minimums: torch.Tenso
     return GroupedInt(codes.numpy(), scales.numpy(), None if minimums is None else minimums.numpy(), group, bits)
 
 
+def grouped(n: int, k: int, group: int, bits: int, low: int, minimum: bool) -> GroupedInt:
+    """Codes low … low + 2^bits - 1, both ends among them."""
+    codes = torch.randint(low, low + 2**bits, (n, k), generator=torch.Generator().manual_seed(n + k), dtype=torch.int8)
+    codes[0, 0], codes[-1, -1] = low, low + 2**bits - 1
+    scales, minimums = random(n, k // group) / 2**bits, random(n, k // group, seed=1)
+    return grouped_int(codes, scales, minimums if minimum else None, group, bits)
+
+
 def with_zeros(outputs: int, inputs: int, group: int, bits: int, scales: torch.Tensor) -> GroupedInt:
     """Codes and zeros of all values that there are; `scales` [outputs, inputs / group]."""
     draw = torch.Generator().manual_seed(bits + group)

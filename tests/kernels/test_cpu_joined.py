@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from headrace.kernels.weights import GroupedInt
 from tests.kernels.eager import NativeOps
-from tests.kernels.paged import grouped_int, random
+from tests.kernels.paged import grouped, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 from headrace.kernels.cpu.recorder import Recorder  # noqa: E402
 
 HIDDEN, MLP = 1344, 160
-"""Two stretches of unpacked inputs; a number of steps that threads cannot share evenly."""
+"""Some stretches of unpacked inputs; a number of steps that threads cannot share evenly."""
 ROWS = [1, 3, 4, 8, 9, 16, 17, 33, 48, 200, 400]
 
 
@@ -20,19 +19,13 @@ def engines(request) -> list[NativeOps]:
     return [NativeOps(threads, request.param, "int8") for threads in (1, 2, 3)]
 
 
-def integers(outputs: int, inputs: int, bits: int, low: int, minimums: bool, group: int = 32) -> GroupedInt:
-    codes = torch.randint(low, low + 2**bits, (outputs, inputs), generator=torch.Generator().manual_seed(bits), dtype=torch.int8)
-    scales, lows = random(outputs, inputs // group) / 2**bits, random(outputs, inputs // group, seed=1)
-    return grouped_int(codes, scales, lows if minimums else None, group, bits)
-
-
 FORMS = {
-    "4 bits": (4, -8, False),
-    "4 bits and minimums": (4, 0, True),
-    "6 bits in groups of 16": (6, -32, False, 16),
-    "6 bits and minimums": (6, 0, True),
-    "8 bits": (8, -128, False),
-    "8 bits and minimums": (8, -128, True),
+    "4 bits": (32, 4, -8, False),
+    "4 bits and minimums": (32, 4, 0, True),
+    "6 bits in groups of 16": (16, 6, -32, False),
+    "6 bits and minimums": (32, 6, 0, True),
+    "8 bits": (32, 8, -128, False),
+    "8 bits and minimums": (32, 8, -128, True),
 }
 
 
@@ -60,9 +53,9 @@ def both_ways(ops: NativeOps, record, *inputs: torch.Tensor) -> tuple[list[torch
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("activation", "biased"), [("silu", True), ("gelu_tanh", False)])
 def test_a_product_and_its_gates(engines, form, activation, biased):
-    weights = [integers(MLP, HIDDEN, *FORMS[form]), integers(MLP, HIDDEN, *FORMS[form])]
+    weights = [grouped(MLP, HIDDEN, *FORMS[form]), grouped(MLP, HIDDEN, *FORMS[form])]
     gate_up = engines[0].prepare(weights, random(2 * MLP, seed=3) if biased else None)
-    down = engines[0].prepare([integers(96, MLP, *FORMS[form])])
+    down = engines[0].prepare([grouped(96, MLP, *FORMS[form])])
 
     def record(recorder, x):
         halves = recorder.linear(x, gate_up)
@@ -78,8 +71,8 @@ def test_a_product_and_its_gates(engines, form, activation, biased):
 
 
 def test_halves_of_two_kinds_are_gated_after_their_product(engines):
-    gate_up = engines[0].prepare([integers(MLP, HIDDEN, 4, 0, True), integers(MLP, HIDDEN, 8, -128, True)])
-    down = engines[0].prepare([integers(96, MLP, 4, 0, True)])
+    gate_up = engines[0].prepare([grouped(MLP, HIDDEN, 32, 4, 0, True), grouped(MLP, HIDDEN, 32, 8, -128, True)])
+    down = engines[0].prepare([grouped(96, MLP, 32, 4, 0, True)])
 
     def record(recorder, x):
         halves = recorder.linear(x, gate_up)
@@ -94,7 +87,7 @@ def test_halves_of_two_kinds_are_gated_after_their_product(engines):
 
 @pytest.mark.parametrize("form", ["4 bits and minimums", "6 bits in groups of 16"])
 def test_a_norm_and_what_it_is_quantized_for(engines, form):
-    weight = engines[0].prepare([integers(96, MLP, *FORMS[form])])
+    weight = engines[0].prepare([grouped(96, MLP, *FORMS[form])])
     norm = engines[0]._vector(random(MLP, seed=7))
 
     def record(recorder, x, residual):
@@ -102,7 +95,7 @@ def test_a_norm_and_what_it_is_quantized_for(engines, form):
         after, total = recorder.add_rmsnorm(recorder.linear(normed, square), residual, norm, 1e-6)
         return [normed, after, total, recorder.linear(after, weight)]
 
-    square = engines[0].prepare([integers(MLP, MLP, *FORMS[form])])
+    square = engines[0].prepare([grouped(MLP, MLP, *FORMS[form])])
     for ops in engines:
         for rows in ROWS:
             joined, apart, one, many = both_ways(ops, record, random(rows, MLP, seed=rows), random(rows, MLP, seed=rows + 1))
@@ -112,9 +105,9 @@ def test_a_norm_and_what_it_is_quantized_for(engines, form):
 
 
 def test_who_reads_the_same_codes_reads_them_together(engines):
-    weight = engines[0].prepare([integers(96, MLP, *FORMS["4 bits and minimums"])])
-    other = engines[0].prepare([integers(96, MLP, *FORMS["8 bits and minimums"])])
-    third = engines[0].prepare([integers(96, MLP, *FORMS["4 bits"])])
+    weight = engines[0].prepare([grouped(96, MLP, *FORMS["4 bits and minimums"])])
+    other = engines[0].prepare([grouped(96, MLP, *FORMS["8 bits and minimums"])])
+    third = engines[0].prepare([grouped(96, MLP, *FORMS["4 bits"])])
     tapes = []
 
     def record(recorder, x):
@@ -130,7 +123,7 @@ def test_who_reads_the_same_codes_reads_them_together(engines):
 
 
 def test_two_readers_of_floats_get_them(engines):
-    weight = engines[0].prepare([integers(96, MLP, *FORMS["4 bits"])])
+    weight = engines[0].prepare([grouped(96, MLP, *FORMS["4 bits"])])
     norm = engines[0]._vector(random(MLP, seed=7))
     tapes = []
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from headrace.kernels.ops import HeadShape, RopeTable
-from headrace.kernels.weights import GroupedInt, Weight
+from headrace.kernels.weights import Weight
 from tests.kernels.eager import NativeOps, ReferenceOps
-from tests.kernels.paged import dense, grouped_int, int32, paged, random
+from tests.kernels.paged import dense, grouped, int32, paged, random
 
 cpu = pytest.importorskip("headrace.kernels.cpu", reason="the extension is not built")
 REFERENCE = ReferenceOps()
@@ -19,14 +19,6 @@ def ops(request):
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
-
-
-def grouped(n: int, k: int, group: int, bits: int, low: int, minimum: bool) -> GroupedInt:
-    """Codes low … low + 2^bits - 1, both ends among them."""
-    codes = torch.randint(low, low + 2**bits, (n, k), generator=torch.Generator().manual_seed(n + k), dtype=torch.int8)
-    codes[0, 0], codes[-1, -1] = low, low + 2**bits - 1
-    scales, minimums = random(n, k // group) / 2**bits, random(n, k // group, seed=1)
-    return grouped_int(codes, scales, minimums if minimum else None, group, bits)
 
 
 def assert_linear_agrees(ops, weights: list[Weight], rows: int, bias: torch.Tensor | None = None) -> None:

@@ -39,9 +39,8 @@ inline void gate_rows(Pool& pool, const float* gate_up, int64_t rows, int64_t wi
     const int64_t each = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, width));
     pool.run((rows + each - 1) / each, [&](int64_t unit) {
         for (int64_t row = unit * each; row < std::min(rows, (unit + 1) * each); row++) {
-            float* out = reader ? Pool::scratch(3, width) : static_cast<float*>(y) + row * width;
-            gate(use_gelu, gate_up + row * 2 * width, gate_up + (row * 2 + 1) * width, width, out);
-            if (reader) quantize_steps(*reader, out, width / QUANTUM, static_cast<uint8_t*>(y) + row * quantized_bytes(*reader));
+            const float* halves = gate_up + row * 2 * width;
+            give_row(reader, width, row, y, [&](float* to) { gate(use_gelu, halves, halves + width, width, to); });
         }
     });
 }

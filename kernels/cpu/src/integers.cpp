@@ -270,12 +270,6 @@ struct Product {
 
     static_assert(SHARED <= FEW && TALL <= FEW);
 
-    // Adds all inputs to the sums of a panel that begin at 0.
-    template <int N>
-    void sum_up(int64_t panel, const uint8_t* x, const Sums& sums) const {
-        add<N>(Packed(blocks, panel, w.group), x, w.inputs / QUANTUM, sums);
-    }
-
     // Of up to SIDE panels, for more rows than FEW. `Out` says where complete sums go, and is told when those of a few rows are there.
     template <class Out>
     void more_rows(const uint8_t* x, int64_t rows, const Side& side, const Out& out) const {
@@ -341,11 +335,12 @@ class Plain {
 
     // Panels [first, last).
     void operator()(int64_t first, int64_t last) const {
+        if (rows_ <= FEW)
+            for (; first < last; first++) few_rows(first);
         const int64_t end = product_.panels() - 1;
         for (; first < last; first += SIDE) {
-            const Side side{std::min<int64_t>(SIDE, last - first), {first, first + 1}, {std::min(first + 2, end), std::min(first + 3, end)}};
-            if (rows_ <= FEW) few_rows(side);
-            else product_.more_rows(x_, rows_, side, *this);
+            const int64_t next = std::min(first + 2, end), after = std::min(first + 3, end);
+            product_.more_rows(x_, rows_, {std::min<int64_t>(SIDE, last - first), {first, first + 1}, {next, after}}, *this);
         }
     }
 
@@ -367,14 +362,13 @@ class Plain {
   private:
     bool whole(int64_t panel) const { return (panel + 1) * PANEL <= w_.outputs; }
 
-    void few_rows(const Side& side) const {
-        for (int64_t p = 0; p < side.count; p++) {
-            const Side one{1, {side.panel[p]}, {}};
-            by_heights<TALL>(rows_, [&]<int N>(int64_t r) {
-                product_.template sum_up<N>(side.panel[p], x_ + r * product_.stride, sums(one, 0, r, nullptr));
-                take(one, r, N);
-            });
-        }
+    void few_rows(int64_t panel) const {
+        const Side side{1, {panel}, {}};
+        by_heights<TALL>(rows_, [&]<int N>(int64_t r) {
+            const typename Product::Packed units(product_.blocks, panel, w_.group);
+            product_.template add<N>(units, x_ + r * product_.stride, w_.inputs / QUANTUM, sums(side, 0, r, nullptr));
+            take(side, r, N);
+        });
     }
 
     const Product& product_;

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <span>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -198,7 +199,7 @@ class Program {
     void linear(const Linear& weight, Place x, Place y) {
         tape_.record("linear", y.arena,
                      [=](const Step& step) { headrace::linear(step.pool, step.ops, weight, step.at(x), step.rows_of(y), step.at(y)); },
-                     {weight.panels, static_cast<size_t>(weight.size())});
+                     streamed(weight));
     }
 
     void quantize(const Linear& reader, Place x, Place codes) {
@@ -209,13 +210,13 @@ class Program {
     void linear_codes(const Linear& weight, Place codes, Place y) {
         tape_.record("linear", y.arena,
                      [=](const Step& step) { headrace::linear_codes(step.pool, step.ops, weight, step.codes_at(codes), step.rows_of(y), step.at(y)); },
-                     {weight.panels, static_cast<size_t>(weight.size())});
+                     streamed(weight));
     }
 
     void linear_gated(const Linear& gate_up, Place codes, bool gelu, const Linear& reader, Place y) {
         tape_.record("linear_gated", y.arena, [=](const Step& step) {
             step.ops.linear_gated(step.pool, gate_up, step.codes_at(codes), step.rows_of(y), gelu, reader, step.codes_at(y));
-        }, {gate_up.panels, static_cast<size_t>(gate_up.size())});
+        }, streamed(gate_up));
     }
 
     void rmsnorm(Place x, Address weight, float eps, int64_t width, const Reader& reader, Place y) {
@@ -340,6 +341,7 @@ class Program {
     using Step = Tape::Step;
 
     static const Linear* of(const Reader& reader) { return reader ? &*reader : nullptr; }
+    static std::span<const uint8_t> streamed(const Linear& weight) { return {weight.panels, static_cast<size_t>(weight.size())}; }
 
     static void check_tree(const Batch& batch, int64_t request, int64_t room) {
         const int64_t first = batch.query_start[request], count = batch.query_start[request + 1] - first;
@@ -385,7 +387,8 @@ NB_MODULE(_native, m) {
             new (self) Linear{static_cast<Form>(form), static_cast<Scales>(scales), minimums, static_cast<Activations>(activations), offset, outputs, inputs, group,
                               at<const uint8_t>(panels), floats(bias), next};
         }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
-        .def_prop_ro("size", &Linear::size);
+        .def_prop_ro("size", &Linear::size)
+        .def_prop_ro("codes_size", quantized_bytes);
     nb::class_<Heads>(m, "Heads").def("__init__", [](Heads* self, int query, int kv, int dim) { new (self) Heads{query, kv, dim}; });
     nb::class_<Rope>(m, "Rope")
         .def("__init__", [](Rope* self, Address cos, Address sin, int64_t positions, int64_t half, bool interleaved, Address q_norm,

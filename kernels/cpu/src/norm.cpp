@@ -35,9 +35,7 @@ void rmsnorm(Pool& pool, const float* x, const float* residual, const float* wei
                 for (int64_t i = 0; i < width; i++) total[i] = residual[row * width + i] + from[i];
                 from = total;
             }
-            float* out = reader ? Pool::scratch(2, width) : static_cast<float*>(y) + row * width;
-            normalize(from, weight, eps, width, out);
-            if (reader) quantize_steps(*reader, out, width / QUANTUM, static_cast<uint8_t*>(y) + row * quantized_bytes(*reader));
+            give_row(reader, width, row, y, [&](float* to) { normalize(from, weight, eps, width, to); });
         }
     });
 }

@@ -159,11 +159,11 @@ struct Ops {
     void (*linear_int8)(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
     // x [rows, K] to rows of `quantized_bytes` each.
     void (*quantize)(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* quantized);
-    // `linear_int8` by a weight of two halves, and at once what `gated` makes of it for a reader.
-    void (*linear_gated)(Pool&, const Linear& gate_up, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y);
     // The same two for bfloat16; x [rows, K] to `narrowed_bytes`.
     void (*linear_bf16)(Pool&, const Linear&, const uint8_t* x, int64_t rows, float* y, int64_t stride);
     void (*narrow)(Pool&, const Linear&, const float* x, int64_t rows, uint8_t* narrowed);
+    // `linear_int8` by a weight of two halves, and at once what `gated` makes of it for a reader.
+    void (*linear_gated)(Pool&, const Linear& gate_up, const uint8_t* x, int64_t rows, bool gelu, const Linear& reader, uint8_t* y);
     // y[i] = row ids[i] of the weight, times scale.
     void (*embed)(Pool&, const Linear&, const int32_t* ids, int64_t count, float scale, float* y);
     // q and out [T, Hq, D]. A window of 0 is none.

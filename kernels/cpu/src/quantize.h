@@ -96,4 +96,13 @@ inline void quantize_steps(const Linear& w, const float* x, int64_t steps, uint8
         w.unit() == 16 ? quantize_step<16>(x, w.minimums, out) : quantize_step<32>(x, w.minimums, out);
 }
 
+// A row of y as its reader wants it, given make(to), which writes its floats: codes, or these where there is no reader.
+template <class Make>
+inline void give_row(const Linear* reader, int64_t width, int64_t row, void* y, const Make& make) {
+    if (!reader) return make(static_cast<float*>(y) + row * width);
+    float* floats = Pool::scratch(3, width);
+    make(floats);
+    quantize_steps(*reader, floats, width / QUANTUM, static_cast<uint8_t*>(y) + row * quantized_bytes(*reader));
+}
+
 }  // namespace headrace::HEADRACE_ISA

@@ -6,9 +6,9 @@ namespace headrace::HEADRACE_ISA {
 void linear_floats(Pool&, const Linear&, const float*, int64_t, float*, int64_t);
 void linear_int8(Pool&, const Linear&, const uint8_t*, int64_t, float*, int64_t);
 void quantize(Pool&, const Linear&, const float*, int64_t, uint8_t*);
-void linear_gated(Pool&, const Linear&, const uint8_t*, int64_t, bool, const Linear&, uint8_t*);
 void linear_bf16(Pool&, const Linear&, const uint8_t*, int64_t, float*, int64_t);
 void narrow(Pool&, const Linear&, const float*, int64_t, uint8_t*);
+void linear_gated(Pool&, const Linear&, const uint8_t*, int64_t, bool, const Linear&, uint8_t*);
 void embed(Pool&, const Linear&, const int32_t*, int64_t, float, float*);
 void attention(Pool&, const float*, const Heads&, const KV&, const Batch&, float, int, float*);
 void rope_write_kv(Pool&, const float*, const Heads&, const Rope&, const KV&, const Batch&, float*);
@@ -28,9 +28,9 @@ extern const Ops ops = {
     linear_floats,
     linear_int8,
     quantize,
-    linear_gated,
     linear_bf16,
     narrow,
+    linear_gated,
     embed,
     attention,
     rope_write_kv,
